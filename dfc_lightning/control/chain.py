@@ -1,0 +1,187 @@
+"""A chain of linear layers and elementwise nonlinearities under control, in deviations from feedforward.
+
+Feedforward, v_i⁻ = W_i r_{i−1}⁻ + b_i and r_i⁻ = φ(v_i⁻). With a control signal u the layers hold
+δv_i = δv_i^ff + a_i: basal deviation δv_i^ff = W_i δr_{i−1} and apical voltage a_i = Q_i u. Working with the
+deviations, W_1 x and all biases drop out and float32 keeps its digits however small u is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.nonlinearity import Nonlinearity
+
+
+@dataclass
+class Activity:
+    """One feedforward pass over a batch of B samples.
+
+    Args:
+        x: the network's input r_0, (B, n_0).
+        v: feedforward voltages v_i⁻, one (B, n_i) a layer.
+        r: feedforward rates r_i⁻ = φ(v_i⁻), likewise.
+        nonlinearities: φ of each layer.
+    """
+
+    x: Tensor
+    v: list[Tensor]
+    r: list[Tensor]
+    nonlinearities: Sequence[Nonlinearity]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.x.shape[0]
+
+    @property
+    def output(self) -> Tensor:
+        """The feedforward output r_L⁻, (B, n_L)."""
+        return self.r[-1]
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """D_i = φ'(v_i⁻), one (B, n_i) a layer."""
+        return [phi.slope(v, r) for phi, v, r in zip(self.nonlinearities, self.v, self.r)]
+
+    def presynaptic(self) -> list[Tensor]:
+        """r_{i−1}⁻ of each layer i, the first being x."""
+        return [self.x, *self.r[:-1]]
+
+    def samples(self, index: Tensor) -> Activity:
+        """The activity of some samples only; ``index`` as for a tensor's first dimension."""
+        return Activity(
+            self.x[index], [v[index] for v in self.v], [r[index] for r in self.r], self.nonlinearities
+        )
+
+
+class Response(NamedTuple):
+    """How the controlled network deviates from feedforward; one (B, n_i) a layer in each list."""
+
+    basal: list[Tensor]
+    """δv_i^ff = W_i δr_{i−1}, what the layer's own input drives it to."""
+    driven: list[Tensor]
+    """δv_i − δv_i^ff, what the feedback drives it to beyond that: settled, the apical voltage Q_i u."""
+    rates: list[Tensor]
+    """δr_i = φ(v_i⁻ + δv_i) − φ(v_i⁻)."""
+
+    def samples(self, index: Tensor) -> Response:
+        """The response of some samples only."""
+        return Response(*([each[index] for each in layers] for layers in self))
+
+    def where(self, keep: Tensor, other: Response | None = None) -> Response:
+        """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
+        mask = keep.unsqueeze(1)
+        others = other or Response(*([torch.zeros_like(each) for each in layers] for layers in self))
+        return Response(
+            *(
+                [torch.where(mask, mine, theirs) for mine, theirs in zip(layers, other_layers)]
+                for layers, other_layers in zip(self, others)
+            )
+        )
+
+
+class Chain:
+    """Weights, nonlinearities and feedback weights of a controlled chain, and its closed forms.
+
+    Args:
+        weights: W_i, (n_i, n_{i−1}).
+        biases: b_i, (n_i,), or None.
+        nonlinearities: φ_i; the last layer's is the identity unless the network has it otherwise.
+        feedback: Q_i, (n_i, n_L).
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        nonlinearities: Sequence[Nonlinearity],
+        feedback: Sequence[Tensor],
+    ) -> None:
+        self.weights = list(weights)
+        self.biases = list(biases)
+        self.nonlinearities = list(nonlinearities)
+        self.feedback = list(feedback)
+        self.widths = [w.shape[0] for w in self.weights]
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.weights)
+
+    def feedforward(self, x: Tensor) -> Activity:
+        """The feedforward pass of input ``x``, (B, n_0)."""
+        voltages, rates = [], []
+        for w, b, phi in zip(self.weights, self.biases, self.nonlinearities):
+            voltages.append(torch.nn.functional.linear(rates[-1] if rates else x, w, b))
+            rates.append(phi(voltages[-1]))
+        return Activity(x, voltages, rates, self.nonlinearities)
+
+    # The control's way to the output
+
+    @cached_property
+    def stacked_feedback(self) -> Tensor:
+        """All Q_i one above the other, (Σ n_i, n_L)."""
+        return torch.cat(self.feedback)
+
+    def apical(self, u: Tensor) -> list[Tensor]:
+        """Apical voltages Q_i u of a control signal ``u``, (B, n_L)."""
+        return list((u @ self.stacked_feedback.T).split(self.widths, dim=1))
+
+    def respond(self, activity: Activity, apical: Sequence[Tensor]) -> Response:
+        """The controlled feedforward pass: v_i = W_i r_{i−1} + b_i + a_i, layer after layer."""
+        basal: list[Tensor] = []
+        rates: list[Tensor] = []
+        for i, (w, phi, a) in enumerate(zip(self.weights, self.nonlinearities, apical)):
+            basal.append(rates[-1] @ w.T if i else torch.zeros_like(a))
+            rates.append(phi.difference(activity.v[i], activity.r[i], basal[-1] + a if i else a))
+        return Response(basal, list(apical), rates)
+
+    def linear_response(self, slopes: Sequence[Tensor], apical: Sequence[Tensor]) -> Tensor:
+        """First-order output deviation Σ_i J_i a_i, (B, n_L), at the given slopes."""
+        rates = slopes[0] * apical[0]
+        for w, d, a in zip(self.weights[1:], slopes[1:], apical[1:]):
+            rates = d * (rates @ w.T + a)
+        return rates
+
+    def output_gain(self, slopes: Sequence[Tensor]) -> Tensor:
+        """JQ = Σ_i J_i Q_i, (B, n_L, n_L), by K_1 = Q_1, K_i = Q_i + W_i D_{i−1} K_{i−1}, JQ = D_L K_L.
+
+        The n_L columns of K ride through each layer as rows of the batch.
+        """
+        columns = self.feedback[0].T.expand(slopes[0].shape[0], -1, -1)
+        for w, q, d in zip(self.weights[1:], self.feedback[1:], slopes):
+            columns = torch.matmul(columns * d.unsqueeze(1), w.T) + q.T
+        return (columns * slopes[-1].unsqueeze(1)).transpose(1, 2)
+
+    def jacobians(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """J_i = ∂r_L/∂v_i, one (B, n_L, n_i) a layer: J_L = D_L, J_i = J_{i+1} W_{i+1} D_i."""
+        product = torch.diag_embed(slopes[-1])
+        found = [product]
+        for w, d in zip(reversed(self.weights[1:]), reversed(slopes[:-1])):
+            product = torch.matmul(product, w) * d.unsqueeze(1)
+            found.append(product)
+        return found[::-1]
+
+    def errors(self, slopes: Sequence[Tensor], output_error: Tensor) -> list[Tensor]:
+        """Backpropagated errors J_iᵀ e, one (B, n_i) a layer, of an output error e, (B, n_L)."""
+        error = output_error * slopes[-1]
+        found = [error]
+        for w, d in zip(reversed(self.weights[1:]), reversed(slopes[:-1])):
+            error = (error @ w) * d
+            found.append(error)
+        return found[::-1]
+
+    # From activity to updates
+
+    def outer(
+        self, signals: Sequence[Tensor], presynaptic: Sequence[Tensor], scale: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """``scale`` · Σ_b t_i r_{i−1}ᵀ and ``scale`` · Σ_b t_i: a layer's weight and bias gradients."""
+        weights = [(t * scale).T @ r for t, r in zip(signals, presynaptic)]
+        return weights, [t.sum(0) * scale for t in signals]

@@ -1,0 +1,126 @@
+"""Elementwise nonlinearities: value, slope, and differences that keep their digits.
+
+A teaching signal is a difference φ(v + d) − φ(v) with d some 1e-4 of v. Subtracting two float32
+numbers would lose half their digits, so every nonlinearity brings a form of the difference whose
+relative error is that of d itself; the generic fall-back subtracts in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Nonlinearity(ABC):
+    """An elementwise function φ from voltages to firing rates, both of shape (B, n)."""
+
+    @abstractmethod
+    def __call__(self, v: Tensor) -> Tensor:
+        """Rates r = φ(v)."""
+
+    @abstractmethod
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        """Derivative φ'(v), given also r = φ(v)."""
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+        """φ(v + d) − φ(v) with the relative accuracy of ``d``; ``r`` = φ(v)."""
+        wide = v.double()
+        return (self(wide + d.double()) - self(wide)).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class Identity(Nonlinearity):
+    """φ(v) = v."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        return torch.ones_like(v)
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+        return d
+
+
+@dataclass(frozen=True)
+class Tanh(Nonlinearity):
+    """φ(v) = tanh v; the difference is tanh(d)(1 − r²) / (1 + r tanh d)."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.tanh(v)
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        return 1 - r * r
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+        t = torch.tanh(d)
+        gain = torch.addcmul(torch.ones_like(r), r, r, value=-1)
+        small = t * gain / torch.addcmul(torch.ones_like(r), r, t)
+        # Saturated units driven back hard make 1 + r tanh(d) vanish: there the plain difference is exact enough.
+        return torch.where(d.abs() < 1, small, torch.tanh(v + d) - r)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Nonlinearity):
+    """φ(v) = 1 / (1 + e^−v) = (1 + tanh(v/2)) / 2."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return torch.sigmoid(v)
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        return r * (1 - r)
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+        return 0.5 * Tanh().difference(0.5 * v, torch.tanh(0.5 * v), 0.5 * d)
+
+
+@dataclass(frozen=True)
+class LeakyReLU(Nonlinearity):
+    """φ(v) = v for v > 0, else ``negative_slope`` · v; ReLU with the slope 0."""
+
+    negative_slope: float = 0.01
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return F.leaky_relu(v, self.negative_slope) if self.negative_slope else torch.relu(v)
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        return torch.where(v > 0, 1.0, self.negative_slope).to(v.dtype)
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
+        # Piece by piece: the part of the way from v to v + d that lies above zero, and the part below.
+        above = torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))
+        if not self.negative_slope:
+            return above
+        below = torch.where(v > 0, (v + d).clamp_max(0), torch.minimum(d, -v))
+        return above + self.negative_slope * below
+
+
+@dataclass(frozen=True)
+class Elementwise(Nonlinearity):
+    """Any other elementwise function, known only by its values.
+
+    Args:
+        function: maps a tensor to one of the same shape, entry by entry.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.function(v)
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(v).sum(), v)
+        return slope
+
+
+
+
+ReLU = LeakyReLU(0.0)
+"""φ(v) = max(v, 0)."""

@@ -1,0 +1,8 @@
+"""LightningDataModules of the recipes."""
+
+from dfc_lightning.data.digits import Digits
+from dfc_lightning.data.images import MNIST, FashionMNIST
+from dfc_lightning.data.student_teacher import StudentTeacher
+from dfc_lightning.data.tensors import TensorDataModule, TensorPairs
+
+__all__ = ["MNIST", "Digits", "FashionMNIST", "StudentTeacher", "TensorDataModule", "TensorPairs"]

@@ -1,0 +1,100 @@
+"""Learning the feedback weights from noise, by simulation (Meulemans et al. 2021, Eq. 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.controller import PIController
+from dfc_lightning.settling.dynamics import Dynamics, TimeStep, stacked_noise
+
+Noise = Callable[[tuple[int, int]], Tensor]
+"""A source of standard normal draws of the shape (B, Σ n_i) it is asked for."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """dQ_i/dt ∝ −v_i^fb uᵀ, with the network's own output for a target and noise in the apical compartments.
+
+    An Euler-Maruyama simulation; the control is not proactive. With its L2 decay in the optimizer, Theorem 6 has
+    it turn Q towards Jᵀ(JJᵀ + γI)⁻¹. The gradient is divided by the noise variance, or by 0.01² where that is more.
+
+    Args:
+        steps: number of steps; the published ``tmax_fb`` counts states, so its value less one.
+        dt: length of a step in units of τ_u.
+        tau_ratio: somatic time constant τ_v / τ_u.
+        apical_tau: apical time constant τ_A / τ_u.
+        alpha: leakage of the controller.
+        k_p: proportional gain of the controller.
+        leak: what leaks; see :class:`PIController`.
+        sigma: standard deviation of the noise in hidden layers.
+        sigma_output: that in the output layer; None for the same.
+        instant_transmission: rates of this step, not of the last, reach the next layer.
+        instant_system: somata follow their compartments at once.
+    """
+
+    steps: int = 47
+    dt: float = 2e-3
+    tau_ratio: float = 6e-3
+    apical_tau: float = 0.3
+    alpha: float = 0.6
+    k_p: float = 0.15
+    leak: str = "control"
+    sigma: float = 0.01
+    sigma_output: float | None = None
+    instant_transmission: bool = True
+    instant_system: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 2, "steps", self.steps, "the first step gives no update; simulate two or more")
+        require(self.sigma > 0, "sigma", self.sigma, "feedback weights learn from noise; give a value above zero")
+        require(
+            self.sigma_output is None or self.sigma_output >= 0,
+            "sigma_output",
+            self.sigma_output,
+            "give a standard deviation of zero or more",
+        )
+        self.time_step, self.controller  # noqa: B018  each checks its own arguments
+
+    @property
+    def time_step(self) -> TimeStep:
+        """The discretisation."""
+        return TimeStep(
+            self.dt,
+            self.tau_ratio,
+            self.apical_tau,
+            self.instant_transmission,
+            self.instant_system,
+            proactive=False,
+        )
+
+    @property
+    def controller(self) -> PIController:
+        """The controller of this phase."""
+        return PIController(self.alpha, self.k_p, self.leak)  # type: ignore[arg-type]
+
+    def gradient(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
+        """The gradient for each Q_i, (n_i, n_L), to be descended: mean over batch and time of v_i^fb uᵀ / σ².
+
+        Args:
+            chain: the controlled chain.
+            activity: its feedforward activity.
+            noise: source of standard normal draws, one call a step.
+        """
+        dynamics = Dynamics(chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step)
+        last = self.sigma if self.sigma_output is None else self.sigma_output
+        sigmas = [self.sigma] * (chain.depth - 1) + [last]
+        kick = stacked_noise(sigmas, chain.widths, activity.output) * (self.dt**0.5 / self.apical_tau)
+        total = torch.zeros_like(chain.stacked_feedback)
+        shape = (activity.batch_size, sum(chain.widths))
+        for _ in range(self.steps):
+            dynamics.advance_control()
+            total.addmm_(dynamics.stacked_apical.T, dynamics.u)
+            dynamics.advance_compartments(noise(shape) * kick)
+        scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
+        return list((total * scale).split(chain.widths))

@@ -1,0 +1,22 @@
+"""Direct feedback alignment (Nøkland 2016): the output error through fixed random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.rules.rule import LearningRule, Update
+
+
+@dataclass(frozen=True)
+class DFA(LearningRule):
+    """Hidden layers learn from φ'(v_i) ⊙ Q_i ∂ℓ/∂r_L, the output layer from its own gradient."""
+
+    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+        """The update for a batch; see :class:`LearningRule`."""
+        slopes = activity.slopes
+        signals = [d * error for d, error in zip(slopes, chain.apical(loss_grad))]
+        signals[-1] = slopes[-1] * loss_grad
+        return Update(*chain.outer(signals, activity.presynaptic(), 1 / activity.batch_size))

@@ -1,0 +1,84 @@
+"""Deep Feedback Control (Meulemans et al. 2021): the controlled change of activity is the learning signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.plasticity import PLASTICITIES, Plasticity, postsynaptic, presynaptic
+from dfc_lightning.control.target import ClampedTarget, NudgedTarget
+from dfc_lightning.rules.rule import LearningRule, Update
+from dfc_lightning.settling.settled import Settling, Simulation
+from dfc_lightning.settling.steady_state import SteadyState
+
+
+@dataclass(frozen=True)
+class DFC(LearningRule):
+    """ΔW_i ∝ (φ(v_i) − φ(v_i^ff)) r_{i−1}ᵀ with the network under control, Eq. (5).
+
+    DFC, DFC-SS and DFC-SSA of the paper are this rule with different settling: ``Euler`` and ``integrate=True``,
+    ``SteadyState``, and ``Linearized``. In gradient units: divided by −λB.
+
+    Args:
+        settling: how the controlled network reaches its state.
+        controller: the controller.
+        target_stepsize: λ of Eq. (3), for the loss of one sample.
+        clamped: drive the output the whole way, λ = 1, instead.
+        integrate: average the update over the simulated time (DFC) instead of taking the last state (DFC-SS).
+        plasticity: postsynaptic factor: ``"rate_difference"`` (Eq. 5), ``"voltage_difference"`` or ``"derivative"``.
+        unconverged: ``"keep"`` samples that have not settled, or ``"drop"`` them: they then give no update, while
+            the mean is still over all B. Diverged samples never give one.
+    """
+
+    settling: Settling = field(default_factory=SteadyState)
+    controller: PIController = field(default_factory=PIController)
+    target_stepsize: float = 0.1
+    clamped: bool = False
+    integrate: bool = False
+    plasticity: Plasticity = "rate_difference"
+    unconverged: str = "keep"
+
+    def __post_init__(self) -> None:
+        NudgedTarget(self.target_stepsize)  # checks it
+        require(self.plasticity in PLASTICITIES, "plasticity", self.plasticity, f"choose one of {PLASTICITIES}")
+        require(self.unconverged in ("keep", "drop"), "unconverged", self.unconverged, 'choose "keep" or "drop"')
+        require(
+            not self.integrate or isinstance(self.settling, Simulation),
+            "integrate",
+            self.integrate,
+            f"{type(self.settling).__name__} has no time to average over; use settling=Euler(...)",
+        )
+
+    @property
+    def target(self) -> NudgedTarget:
+        """The output target."""
+        return ClampedTarget() if self.clamped else NudgedTarget(self.target_stepsize)
+
+    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+        """The update for a batch; see :class:`LearningRule`."""
+        offset = self.target.offset(loss_grad)
+        scale = -1 / (self.target.stepsize * activity.batch_size)
+        drop = self.unconverged == "drop"
+        if self.integrate:
+            assert isinstance(self.settling, Simulation)
+            settled, (weights, biases) = self.settling.settle_and_integrate(
+                chain, activity, offset, self.controller, self.plasticity, drop
+            )
+            return Update([w * scale for w in weights], [b * scale for b in biases], settled)
+        settled = self.settling.settle(chain, activity, offset, self.controller)
+        keep = settled.finite & settled.converged if drop else settled.finite
+        response = settled.response.where(keep)
+        return Update(*steady_update(chain, activity, response, self.plasticity, scale), settled)
+
+
+def steady_update(
+    chain: Chain, activity: Activity, response: Response, plasticity: Plasticity, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``scale`` times the weight and bias changes of Eq. (5) in one state of the controlled network."""
+    signals = postsynaptic(chain, activity, response, plasticity)
+    heard = presynaptic(activity, response)
+    return chain.outer(signals, heard, scale)

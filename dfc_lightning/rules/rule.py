@@ -1,0 +1,48 @@
+"""What a learning rule is: from output gradients to weight updates, in gradient units."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.settling.settled import Settled
+
+
+@dataclass
+class Update:
+    """What a rule would have the optimizer see.
+
+    In gradient units: the gradient of the batch-mean loss, were the rule backprop, so that a learning rate keeps
+    its meaning from rule to rule.
+
+    Args:
+        weights: one (n_i, n_{i−1}) a layer.
+        biases: one (n_i,) a layer.
+        settled: the settled network behind it, where there is one.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    settled: Settled | None = None
+
+
+class LearningRule(ABC):
+    """A rule that assigns credit."""
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether the rule uses the feedback weights Q_i."""
+        return True
+
+    @abstractmethod
+    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+        """The update for a batch.
+
+        Args:
+            chain: weights and feedback weights.
+            activity: the feedforward pass of the batch.
+            loss_grad: ∂ℓ_b/∂r_L of each sample's own loss, (B, n_L); finite.
+        """

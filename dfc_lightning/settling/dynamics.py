@@ -1,0 +1,133 @@
+"""The controlled dynamics in discrete time, in deviations from feedforward.
+
+Meulemans et al. 2021, Eq. (1): τ_v dv_i/dt = −v_i + W_i φ(v_{i−1}) + b_i + Q_i u, and Eq. (4):
+u = u_int + k_p e, τ_u du_int/dt = e − leak. Time is in units of τ_u. The order of updates within a step is that
+of the authors' published code, so that equal settings give equal trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.controller import PIController
+
+
+@dataclass(frozen=True)
+class TimeStep:
+    """How a step of the dynamics is discretised.
+
+    Args:
+        dt: length of a step, in units of the controller's time constant τ_u.
+        tau_ratio: somatic time constant τ_v / τ_u, at least ``dt``.
+        apical_tau: apical time constant τ_A / τ_u, at least ``dt``; None for an instantaneous apical compartment.
+        instant_transmission: rates of this step, not of the last, reach the next layer.
+        instant_system: somata follow their compartments at once; implies ``instant_transmission``.
+        proactive: the apical compartments hear the control of this step, not of the last.
+    """
+
+    dt: float
+    tau_ratio: float
+    apical_tau: float | None = None
+    instant_transmission: bool = True
+    instant_system: bool = False
+    proactive: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.dt > 0, "dt", self.dt, "give a step above zero, e.g. 0.02")
+        require(self.dt <= 1, "dt", self.dt, "give a step of at most the controller's time constant, 1")
+        remedy = f"the step dt={self.dt} is larger than this time constant; lower dt or raise it"
+        require(self.instant_system or self.dt <= self.tau_ratio, "tau_ratio", self.tau_ratio, remedy)
+        require(self.apical_tau is None or self.dt <= self.apical_tau, "apical_tau", self.apical_tau, remedy)
+
+
+class Dynamics:
+    """State of a controlled chain and its two half steps, :meth:`advance_control` and :meth:`advance_compartments`.
+
+    Args:
+        chain: the controlled chain.
+        activity: its feedforward activity, where the dynamics start.
+        offset: target minus feedforward output, δ_L, (B, n_L).
+        controller: the controller.
+        step: the discretisation.
+    """
+
+    def __init__(
+        self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, step: TimeStep
+    ) -> None:
+        self.chain, self.activity, self.offset = chain, activity, offset
+        self.controller, self.step = controller, step
+        self.u = torch.zeros_like(offset)
+        self.u_int = torch.zeros_like(offset)
+        self._u_heard = self.u
+        self.stacked_apical = offset.new_zeros(offset.shape[0], sum(chain.widths))
+        self.basal = [torch.zeros_like(v) for v in activity.v]
+        self.somatic = [torch.zeros_like(v) for v in activity.v]
+        self.rates = [torch.zeros_like(v) for v in activity.v]
+
+    @property
+    def error(self) -> Tensor:
+        """e = r_L* − r_L, (B, n_L)."""
+        return self.offset - self.rates[-1]
+
+    def advance_control(self) -> None:
+        """One step of the controller, from the present error."""
+        error, (dt, pi) = self.error, (self.step.dt, self.controller)
+        leak = self.u_int if pi.leak == "integral" else self.u
+        before = self.u
+        self.u_int = self.u_int + dt * (error - pi.alpha * leak)
+        self.u = self.u_int + pi.k_p * error if pi.k_p else self.u_int
+        self._u_heard = self.u if self.step.proactive else before
+
+    def advance_compartments(self, noise: Tensor | None = None) -> None:
+        """One step of apical, basal and somatic compartments of all layers.
+
+        Args:
+            noise: added to the apical voltages, (B, Σ n_i).
+        """
+        step = self.step
+        drive = self._u_heard @ self.chain.stacked_feedback.T
+        if step.apical_tau is None:
+            self.stacked_apical = drive
+        else:
+            self.stacked_apical = torch.lerp(self.stacked_apical, drive, step.dt / step.apical_tau)
+        if noise is not None:
+            self.stacked_apical = self.stacked_apical + noise
+        instant = step.instant_transmission or step.instant_system
+        upstream = self.rates if instant else list(self.rates)
+        for i, apical in enumerate(self.stacked_apical.split(self.chain.widths, dim=1)):
+            if i:
+                self.basal[i] = upstream[i - 1] @ self.chain.weights[i].T
+            target = apical + self.basal[i]
+            self.somatic[i] = (
+                target if step.instant_system else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
+            )
+            self.rates[i] = self.chain.nonlinearities[i].difference(
+                self.activity.v[i], self.activity.r[i], self.somatic[i]
+            )
+
+    @property
+    def driven(self) -> list[Tensor]:
+        """δv_i − δv_i^ff of each layer."""
+        return [s - b for s, b in zip(self.somatic, self.basal)]
+
+    def response(self) -> Response:
+        """The present state, with each basal voltage that of the present rates upstream."""
+        basal = [
+            self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)
+        ]
+        return Response(basal, self.driven, list(self.rates))
+
+    def trail(self) -> Response:
+        """The present state, with each basal voltage as it was used in this step."""
+        return Response(list(self.basal), self.driven, list(self.rates))
+
+
+def stacked_noise(sigmas: Sequence[float], widths: Sequence[int], like: Tensor) -> Tensor:
+    """A row of σ_i for the units of each layer, (Σ n_i,), to scale standard normal draws with."""
+    return torch.cat([like.new_full((n,), s) for n, s in zip(widths, sigmas)])

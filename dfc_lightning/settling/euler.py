@@ -1,0 +1,126 @@
+"""Simulation of Eq. (1) and (4) by explicit Euler steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynaptic
+from dfc_lightning.settling.dynamics import Dynamics, TimeStep
+from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
+
+
+@dataclass(frozen=True)
+class Euler(Simulation):
+    """Simulate ``steps`` Euler steps from the feedforward state; nothing is stored on the way.
+
+    A sample counts as converged, as in the authors' published code, when the steady state is met to
+    ``tolerance`` of the feedforward output's norm and the error has fallen to ``error_reduction`` of its first value.
+
+    Args:
+        steps: number of steps; the published ``tmax`` counts states, so its value less one.
+        dt: length of a step in units of τ_u.
+        tau_ratio: somatic time constant τ_v / τ_u.
+        apical_tau: apical time constant τ_A / τ_u; None for an instantaneous apical compartment.
+        instant_transmission: rates of this step, not of the last, reach the next layer.
+        instant_system: somata follow their compartments at once.
+        proactive: the apical compartments hear the control of this step, not of the last.
+        sigma: standard deviation of white noise in the apical compartments.
+        tolerance: see above.
+        error_reduction: see above.
+    """
+
+    steps: int = 1000
+    dt: float = 0.02
+    tau_ratio: float = 0.2
+    apical_tau: float | None = None
+    instant_transmission: bool = True
+    instant_system: bool = False
+    proactive: bool = True
+    sigma: float = 0.0
+    tolerance: float = 1e-5
+    error_reduction: float = 0.25
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "simulate at least one step")
+        require(self.sigma >= 0, "sigma", self.sigma, "give a standard deviation of zero or more")
+        self.time_step  # noqa: B018  checks the step against the time constants
+
+    @property
+    def time_step(self) -> TimeStep:
+        """The discretisation."""
+        return TimeStep(
+            self.dt,
+            self.tau_ratio,
+            self.apical_tau,
+            self.instant_transmission,
+            self.instant_system,
+            self.proactive,
+        )
+
+    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+        """Settle by simulation; see :class:`Settling`."""
+        return self._run(chain, activity, offset, controller, lambda dynamics: None)
+
+    def settle_and_integrate(
+        self,
+        chain: Chain,
+        activity: Activity,
+        offset: Tensor,
+        controller: PIController,
+        plasticity: Plasticity,
+        drop_unconverged: bool,
+    ) -> tuple[Settled, Products]:
+        """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
+
+        def integrate(samples: Activity, target: Tensor) -> tuple[Settled, Products]:
+            weights = [torch.zeros_like(w) for w in chain.weights]
+            biases = [w.new_zeros(w.shape[0]) for w in chain.weights]
+
+            def add(dynamics: Dynamics) -> None:
+                trail = dynamics.trail()
+                signals = postsynaptic(chain, samples, trail, plasticity)
+                heard = presynaptic(samples, trail)
+                for w, b, t, r in zip(weights, biases, signals, heard):
+                    w.addmm_(t.T, r)
+                    b.add_(t.sum(0))
+
+            settled = self._run(chain, samples, target, controller, add)
+            mean = 1 / (self.steps + 1)
+            return settled, ([w * mean for w in weights], [b * mean for b in biases])
+
+        settled, products = integrate(activity, offset)
+        keep = settled.finite & settled.converged if drop_unconverged else settled.finite
+        if not keep.all():  # the sums above hold samples that must not count: once more without them
+            products = integrate(activity.samples(keep), offset[keep])[1]
+        return settled, products
+
+    def _run(
+        self,
+        chain: Chain,
+        activity: Activity,
+        offset: Tensor,
+        controller: PIController,
+        visit: Callable[[Dynamics], None],
+    ) -> Settled:
+        dynamics = Dynamics(chain, activity, offset, controller, self.time_step)
+        kick = self.sigma * self.dt**0.5 / (self.apical_tau or self.dt)
+        for _ in range(self.steps):
+            dynamics.advance_control()
+            noise = torch.randn_like(dynamics.stacked_apical) * kick if kick else None
+            dynamics.advance_compartments(noise)
+            visit(dynamics)
+        leakage = controller.steady_leakage
+        missing = torch.linalg.vector_norm(dynamics.error - leakage * dynamics.u, dim=1)
+        size = torch.linalg.vector_norm(activity.output, dim=1)
+        error = torch.linalg.vector_norm(dynamics.error, dim=1)
+        first = torch.linalg.vector_norm(offset, dim=1)
+        converged = (missing < self.tolerance * size) & (error < self.error_reduction * first)
+        residual = relative_residual(offset, dynamics.rates[-1], dynamics.u, leakage)
+        return Settled(dynamics.u, dynamics.response(), residual, converged, self.steps)

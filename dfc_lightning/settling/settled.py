@@ -1,0 +1,90 @@
+"""What a settling method returns, and the interface of all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.plasticity import Plasticity
+
+
+@dataclass
+class Settled:
+    """A controlled network at the end of settling.
+
+    Failing to settle is a result, not an exception: look at ``residual`` and ``converged``.
+
+    Args:
+        control: the control signal u, (B, n_L).
+        response: deviations of every layer from feedforward.
+        residual: ‖δ_L − δr_L − α̃ u‖ / ‖δ_L‖ of each sample, (B,): zero at the exact steady state.
+        converged: samples whose residual meets the method's tolerance, (B,) bool.
+        iterations: solver iterations or time steps made.
+    """
+
+    control: Tensor
+    response: Response
+    residual: Tensor
+    converged: Tensor
+    iterations: int
+
+    @property
+    def finite(self) -> Tensor:
+        """Samples with no infinity or NaN in their state, (B,) bool."""
+        return torch.isfinite(self.residual) & torch.isfinite(self.control).all(1)
+
+
+Products = tuple[list[Tensor], list[Tensor]]
+"""Weight and bias sums of postsynaptic times presynaptic factors, one of each a layer."""
+
+
+class Settling(ABC):
+    """A way to the controlled steady state."""
+
+    @abstractmethod
+    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+        """Settle the controlled chain.
+
+        Args:
+            chain: the controlled chain.
+            activity: its feedforward activity.
+            offset: target minus feedforward output, δ_L, (B, n_L).
+            controller: the controller.
+        """
+
+
+class Simulation(Settling):
+    """A settling method that passes through time, so that an update can be averaged over it."""
+
+    @abstractmethod
+    def settle_and_integrate(
+        self,
+        chain: Chain,
+        activity: Activity,
+        offset: Tensor,
+        controller: PIController,
+        plasticity: Plasticity,
+        drop_unconverged: bool,
+    ) -> tuple[Settled, Products]:
+        """Settle, and return also the time average of Σ_b postsynaptic · presynapticᵀ (and of its bias twin).
+
+        Args:
+            chain: the controlled chain.
+            activity: its feedforward activity.
+            offset: target minus feedforward output, δ_L, (B, n_L).
+            controller: the controller.
+            plasticity: the postsynaptic factor.
+            drop_unconverged: leave out samples that have not converged; diverged ones are always left out.
+        """
+
+
+def relative_residual(offset: Tensor, output: Tensor, control: Tensor, leakage: float) -> Tensor:
+    """‖δ_L − δr_L − α̃ u‖ / ‖δ_L‖ of each sample, (B,); zero for a sample whose target is met from the start."""
+    missing = torch.linalg.vector_norm(offset - output - leakage * control, dim=1)
+    size = torch.linalg.vector_norm(offset, dim=1)
+    return torch.where(size > 0, missing / size, missing)

@@ -1,0 +1,124 @@
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dfc_lightning.data import Digits, TensorPairs
+from dfc_lightning.models import MLP, Autoencoder, Classifier, Regressor
+
+
+def trainer(**options):
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
+    return L.Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **options)
+
+
+def loader(inputs, targets, batch_size=4):
+    pairs = TensorPairs(inputs, targets)
+    return DataLoader(pairs, batch_size=batch_size, collate_fn=pairs.collate)
+
+
+def test_mlp_is_a_chain_of_linear_layers_with_their_nonlinearities():
+    network = MLP([12, 5, 4, 3], nonlinearity=["tanh", "identity"])
+    kinds = [nn.Flatten, nn.Linear, nn.Tanh, nn.Linear, nn.Identity, nn.Linear]
+    assert [type(module) for module in network] == kinds
+    x = torch.randn(2, 3, 2, 2)
+    hidden = network[3](torch.tanh(network[1](x.flatten(1))))
+    assert torch.equal(network(x), network[5](hidden))
+    assert torch.equal(network[:5](x), hidden)
+
+
+def test_mlp_starts_with_zero_biases_and_xavier_normal_weights():
+    linear = MLP([300, 500])[1]
+    assert not linear.bias.any()
+    assert abs(linear.weight.std() - (2 / 800) ** 0.5) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [3, 3, 3], "nonlinearity": "tan"}, "nonlinearity='tan' .*tanh, relu"),
+        ({"sizes": [3, 3], "initialization": "xavier"}, "initialization='xavier' .*xavier_normal"),
+        ({"sizes": [3, 3, 3], "nonlinearity": ["tanh", "tanh"]}, "nonlinearity=.* 2 entries.* 1 hidden"),
+        ({"sizes": [3]}, r"sizes=\[3\]"),
+    ],
+)
+def test_mlp_refuses_what_it_cannot_build(options, message):
+    with pytest.raises(ValueError, match=message):
+        MLP(**options)
+
+
+def test_error_is_the_percentage_counted_by_hand():
+    x, y = torch.randn(10, 6), torch.randint(0, 3, (10,))
+    model = Classifier(MLP([6, 3]))
+    (logged,) = trainer().test(model, loader(x, y), verbose=False)
+    logits = model(x)
+    assert logged["test/error"] == pytest.approx(100 * (logits.argmax(1) != y).float().mean().item())
+    assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Autoencoder(MLP([6, 2, 6])), lambda output, x, y: (output - x.flatten(1)).square().mean()),
+        (Regressor(MLP([6, 3])), lambda output, x, y: (output - y).square().mean()),
+    ],
+    ids=["Autoencoder", "Regressor"],
+)
+def test_loss_is_the_mean_squared_error_over_samples_and_entries(model, expected):
+    x, y = torch.randn(10, 1, 2, 3), torch.randn(10, 3)
+    (logged,) = trainer().test(model, loader(x, y), verbose=False)
+    assert logged["test/loss"] == pytest.approx(expected(model(x), x, y).item(), rel=1e-5)
+
+
+def test_train_loss_is_the_mean_of_the_batch_losses():
+    x, y = torch.randn(5, 6), torch.randn(5, 3)
+    model = Regressor(MLP([6, 3]), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    run = trainer()
+    run.fit(model, loader(x, y))
+    losses = [F.mse_loss(model(x[part]), y[part]) for part in (slice(4), slice(4, 5))]
+    assert run.callback_metrics["train/loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+
+
+def test_number_of_classes_is_inferred_or_asked_for():
+    assert Classifier(MLP([6, 4, 3])).errors["val_error"].num_classes == 3
+    with pytest.raises(ValueError, match="num_classes=None"):
+        Classifier(nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten()))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, factor=0.5, threshold=1e9, threshold_mode="abs"
+        ),
+    ],
+    ids=["every epoch", "plateau"],
+)
+def test_scheduler_steps_once_an_epoch(scheduler):
+    batches = loader(torch.randn(8, 6), torch.randn(8, 3))
+    run = trainer(max_epochs=2, num_sanity_val_steps=0)
+    run.fit(Regressor(MLP([6, 3]), scheduler=scheduler), batches, batches)
+    assert run.optimizers[0].param_groups[0]["lr"] in (0.5e-3, 0.25e-3)
+
+
+def test_plain_backprop_learns_digits():
+    L.seed_everything(0, verbose=False)
+    data = Digits()
+    model = Classifier(MLP([64, 32, 10]), lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
+    run = trainer(max_epochs=5)
+    run.fit(model, data)
+    assert {"train/loss", "train/error", "val/loss", "val/error"} <= run.callback_metrics.keys()
+    (logged,) = run.test(model, data, verbose=False)
+    assert logged["test/error"] < 8
+
+
+def test_float64_trainer_converts_float32_data():
+    data = Digits()
+    model = Classifier(MLP([64, 10]))
+    run = trainer(precision="64-true", limit_train_batches=2, limit_val_batches=1)
+    run.fit(model, data)
+    assert model.network[1].weight.dtype == torch.float64
+    assert run.callback_metrics["train/loss"].isfinite()
