@@ -58,7 +58,9 @@ def test_updates_equal_the_reference(name: str, mode: str) -> None:
 def test_settled_states_equal_the_reference(name: str, mode: str) -> None:
     case = golden(name)
     rule = case.rule(mode)
-    settled = rule.settling.settle(case.chain, case.activity, rule.target.offset(case.loss_grad), rule.controller)
+    settled = rule.settling.settle(
+        case.chain, case.activity, rule.target.offset(case.loss_grad), rule.controller
+    )
     keep = torch.ones_like(settled.converged)
     if rule.unconverged == "drop":
         keep = settled.converged
@@ -103,7 +105,9 @@ def test_jacobians_and_backprop_equal_the_reference(name: str) -> None:
     jacobian = torch.cat(case.chain.jacobians(case.activity.slopes), dim=2)
     assert relative_error(jacobian, case["th__J_linear"]) < TOLERANCE
     update = Backprop().teach(case.chain, case.activity, case.loss_grad)
-    for ours, theirs in zip(update.weights + update.biases, case.layers("bp_gW", "th") + case.layers("bp_gb", "th")):
+    for ours, theirs in zip(
+        update.weights + update.biases, case.layers("bp_gW", "th") + case.layers("bp_gb", "th")
+    ):
         assert relative_error(ours, theirs) < TOLERANCE
 
 

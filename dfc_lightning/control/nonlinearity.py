@@ -89,7 +89,7 @@ class LeakyReLU(Nonlinearity):
         return F.leaky_relu(v, self.negative_slope) if self.negative_slope else torch.relu(v)
 
     def slope(self, v: Tensor, r: Tensor) -> Tensor:
-        return torch.where(v > 0, 1.0, self.negative_slope).to(v.dtype)
+        return torch.where(v > 0, v.new_ones(()), v.new_full((), self.negative_slope))
 
     def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
         # Piece by piece: the part of the way from v to v + d that lies above zero, and the part below.
@@ -118,8 +118,6 @@ class Elementwise(Nonlinearity):
             v = v.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.function(v).sum(), v)
         return slope
-
-
 
 
 ReLU = LeakyReLU(0.0)

@@ -14,11 +14,6 @@ from dfc_lightning.rules.rule import LearningRule, Update
 class Backprop(LearningRule):
     """The gradient of the loss, formed from the chain's own errors J_iᵀ ∂ℓ/∂r_L."""
 
-    @property
-    def needs_feedback(self) -> bool:
-        """False: errors travel back through the forward weights."""
-        return False
-
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         signals = chain.errors(activity.slopes, loss_grad)

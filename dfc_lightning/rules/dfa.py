@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.feedback import FeedbackInit
 from dfc_lightning.rules.rule import LearningRule, Update
 
 
 @dataclass(frozen=True)
 class DFA(LearningRule):
     """Hidden layers learn from φ'(v_i) ⊙ Q_i ∂ℓ/∂r_L, the output layer from its own gradient."""
+
+    feedback_init: ClassVar[FeedbackInit] = "xavier_normal"
 
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,18 +35,24 @@ class DFC(LearningRule):
             the mean is still over all B. Diverged samples never give one.
     """
 
+    learns_feedback: ClassVar[bool] = True
+
     settling: Settling = field(default_factory=SteadyState)
     controller: PIController = field(default_factory=PIController)
     target_stepsize: float = 0.1
     clamped: bool = False
     integrate: bool = False
     plasticity: Plasticity = "rate_difference"
-    unconverged: str = "keep"
+    unconverged: Literal["keep", "drop"] = "keep"
 
     def __post_init__(self) -> None:
         NudgedTarget(self.target_stepsize)  # checks it
-        require(self.plasticity in PLASTICITIES, "plasticity", self.plasticity, f"choose one of {PLASTICITIES}")
-        require(self.unconverged in ("keep", "drop"), "unconverged", self.unconverged, 'choose "keep" or "drop"')
+        require(
+            self.plasticity in PLASTICITIES, "plasticity", self.plasticity, f"choose one of {PLASTICITIES}"
+        )
+        require(
+            self.unconverged in ("keep", "drop"), "unconverged", self.unconverged, 'choose "keep" or "drop"'
+        )
         require(
             not self.integrate or isinstance(self.settling, Simulation),
             "integrate",

@@ -38,11 +38,6 @@ class MinimumNorm(LearningRule):
         require(self.damping >= 0, "damping", self.damping, "give a damping of zero or more")
         NudgedTarget(self.target_stepsize)  # checks it
 
-    @property
-    def needs_feedback(self) -> bool:
-        """False: the exact Jacobian takes their place."""
-        return False
-
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         offset = NudgedTarget(self.target_stepsize).offset(loss_grad)
@@ -53,7 +48,8 @@ class MinimumNorm(LearningRule):
             return Update(*steady_update(chain, activity, response, self.plasticity, scale))
         still = [torch.zeros_like(v) for v in activity.v]
         rates = [
-            phi.difference(v, r, a) for phi, v, r, a in zip(chain.nonlinearities, activity.v, activity.r, driven)
+            phi.difference(v, r, a)
+            for phi, v, r, a in zip(chain.nonlinearities, activity.v, activity.r, driven)
         ]
         signals = postsynaptic(chain, activity, Response(still, driven, rates), self.plasticity)
         return Update(*chain.outer(signals, activity.presynaptic(), scale))

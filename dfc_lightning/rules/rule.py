@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.feedback import FeedbackInit
 from dfc_lightning.settling.settled import Settled
 
 
@@ -32,10 +34,11 @@ class Update:
 class LearningRule(ABC):
     """A rule that assigns credit."""
 
-    @property
-    def needs_feedback(self) -> bool:
-        """Whether the rule uses the feedback weights Q_i."""
-        return True
+    learns_feedback: ClassVar[bool] = False
+    """Whether the feedback weights Q_i are meant to be learned under this rule."""
+
+    feedback_init: ClassVar[FeedbackInit] = "weight_product"
+    """The initial feedback weights the rule is meant to have."""
 
     @abstractmethod
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:

@@ -105,7 +105,9 @@ class Dynamics:
                 self.basal[i] = upstream[i - 1] @ self.chain.weights[i].T
             target = apical + self.basal[i]
             self.somatic[i] = (
-                target if step.instant_system else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
+                target
+                if step.instant_system
+                else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
             )
             self.rates[i] = self.chain.nonlinearities[i].difference(
                 self.activity.v[i], self.activity.r[i], self.somatic[i]
@@ -118,9 +120,7 @@ class Dynamics:
 
     def response(self) -> Response:
         """The present state, with each basal voltage that of the present rates upstream."""
-        basal = [
-            self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)
-        ]
+        basal = [self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)]
         return Response(basal, self.driven, list(self.rates))
 
     def trail(self) -> Response:

@@ -1,0 +1,62 @@
+"""Initial values of the feedback weights Q_i, (n_i, n_L)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dfc_lightning.control.chain import Activity, Chain
+
+FeedbackInit = Literal["weight_product", "xavier_normal", "orthogonal", "normal", "jacobian"]
+FEEDBACK_INITS = ("weight_product", "xavier_normal", "orthogonal", "normal", "jacobian")
+
+
+def initial_feedback(
+    kind: FeedbackInit, weights: Sequence[Tensor], generator: torch.Generator, std: float = 0.1
+) -> list[Tensor]:
+    """Feedback weights for layers of the given forward weights; Q_L is the identity.
+
+    Args:
+        kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is; ``"xavier_normal"``,
+            ``"orthogonal"`` and ``"normal"`` are random; ``"jacobian"`` starts as ``"weight_product"`` until
+            activity has been seen, see :func:`averaged_pseudoinverse`.
+        weights: W_i, (n_i, n_{i−1}).
+        generator: source of the random kinds, on the CPU.
+        std: standard deviation of ``"normal"``.
+    """
+    outputs = weights[-1].shape[0]
+    last = torch.eye(outputs, dtype=weights[-1].dtype, device=weights[-1].device)
+    if kind in ("weight_product", "jacobian"):
+        found = [last]
+        for w in reversed(weights[1:]):
+            found.append(w.T @ found[-1])
+        return found[::-1]
+    feedback = []
+    for w in weights[:-1]:
+        q = torch.empty(w.shape[0], outputs, dtype=w.dtype)
+        if kind == "xavier_normal":
+            nn.init.xavier_normal_(q, generator=generator)
+        elif kind == "orthogonal":
+            nn.init.orthogonal_(q, generator=generator)
+        else:
+            nn.init.normal_(q, std=std, generator=generator)
+        feedback.append(q.to(w.device))
+    return [*feedback, last]
+
+
+def averaged_pseudoinverse(chain: Chain, activity: Activity, damping: float = 0.1) -> list[Tensor]:
+    """The batch mean of J_iᵀ(JJᵀ + γI)⁻¹: an oracle, what Theorem 6 has the feedback weights learn.
+
+    Args:
+        chain: the controlled chain.
+        activity: a feedforward pass.
+        damping: γ > 0.
+    """
+    jacobians = chain.jacobians(activity.slopes)
+    gram = sum((j @ j.mT for j in jacobians[1:]), start=jacobians[0] @ jacobians[0].mT)
+    gram.diagonal(dim1=1, dim2=2).add_(damping)
+    factor = torch.linalg.cholesky(gram)
+    return [torch.cholesky_solve(j, factor).mean(0).T.contiguous() for j in jacobians]

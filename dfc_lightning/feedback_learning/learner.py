@@ -1,0 +1,139 @@
+"""Feedback learning with its schedule and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.feedback_learning.sampled import Sampled
+
+
+@dataclass(frozen=True)
+class FeedbackLearning:
+    """When and how the feedback weights Q_i learn.
+
+    They have an Adam of their own with L2 decay, one for the initial passes and a fresh one after these.
+
+    Args:
+        method: how the gradient is had.
+        initial_passes: passes over the training data before the first epoch.
+        passes_per_epoch: passes over the training data at the start of every epoch.
+        every_n_batches: a feedback step on the same batch after every n-th training step; 0 for none.
+        initial_lr: learning rate in the initial passes; None for ``lr``.
+        lr: learning rate after them.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        weight_decay: L2 decay, as Adam has it.
+        clip_norm: bound on the joint norm of all feedback gradients; None for none.
+        train_output: let Q_L learn too; else it stays the identity.
+    """
+
+    method: Sampled = field(default_factory=Sampled)
+    initial_passes: int = 1
+    passes_per_epoch: int = 1
+    every_n_batches: int = 0
+    initial_lr: float | None = None
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-3
+    clip_norm: float | None = 1.0
+    train_output: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("initial_passes", "passes_per_epoch", "every_n_batches"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give zero or more")
+        require(self.lr > 0, "lr", self.lr, "give a learning rate above zero")
+        require(
+            self.initial_lr is None or self.initial_lr > 0,
+            "initial_lr",
+            self.initial_lr,
+            "give one above zero",
+        )
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or more")
+        require(
+            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero"
+        )
+
+
+class FeedbackLearner:
+    """Takes feedback learning steps for a network; the noise of step k is drawn from a generator seeded by k.
+
+    Args:
+        network: the controlled network whose feedback weights learn.
+        learning: schedule and hyperparameters.
+        seed: seed of the noise.
+    """
+
+    def __init__(self, network: ControlledNetwork, learning: FeedbackLearning, seed: int = 0) -> None:
+        self.network, self.learning, self.seed = network, learning, seed
+        self.steps = 0
+        self._optimizer: torch.optim.Adam | None = None
+        self._initial = False
+
+    def step(self, activity: Activity, initial: bool = False) -> dict[str, Tensor]:
+        """One feedback learning step on a feedforward pass.
+
+        Args:
+            activity: the feedforward pass, from :meth:`ControlledNetwork.observe`.
+            initial: whether this step belongs to the initial passes.
+
+        Returns:
+            ``norm``, the norm of all feedback weights, and ``grad_norm``, that of their gradient, both scalars.
+        """
+        chain = self.network.chain()
+        generator = torch.Generator(activity.x.device).manual_seed(_mixed(self.seed, self.steps))
+
+        def noise(shape: tuple[int, int]) -> Tensor:
+            return torch.randn(
+                shape, generator=generator, device=activity.x.device, dtype=activity.output.dtype
+            )
+
+        gradients = self.learning.method.gradient(chain, activity, noise)
+        learned = self._learned()
+        for q, gradient in zip(learned, gradients):
+            q.grad = gradient
+        bound = torch.inf if self.learning.clip_norm is None else self.learning.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(learned, bound)
+        if torch.isfinite(norm):
+            self._optimizer_for(initial).step()
+        for q in learned:
+            q.grad = None
+        self.steps += 1
+        size = torch.stack([q.detach().square().sum() for q in self.network.feedback]).sum().sqrt()
+        return {"norm": size, "grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state and the number of steps taken; the weights are the network's."""
+        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
+        return {"steps": self.steps, "initial": self._initial, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state saved by :meth:`state_dict`, after the network's feedback weights are loaded."""
+        self.steps, self._optimizer = state["steps"], None
+        if state["optimizer"] is not None:
+            self._optimizer_for(state["initial"]).load_state_dict(state["optimizer"])
+
+    def _learned(self) -> list[torch.nn.Parameter]:
+        return self.network.feedback if self.learning.train_output else self.network.feedback[:-1]
+
+    def _optimizer_for(self, initial: bool) -> torch.optim.Adam:
+        if self._optimizer is None or self._initial != initial:
+            settings = self.learning
+            lr = settings.initial_lr if initial and settings.initial_lr is not None else settings.lr
+            self._optimizer = torch.optim.Adam(
+                self._learned(), lr, settings.betas, settings.eps, settings.weight_decay
+            )
+            self._initial = initial
+        return self._optimizer
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed for each step: neighbouring seeds and steps must not share noise."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63

@@ -1,0 +1,5 @@
+"""The Lightning layer: a strategy, an optimizer loop, and the feedback stages."""
+
+from dfc_lightning.training.strategy import DFCStrategy
+
+__all__ = ["DFCStrategy"]

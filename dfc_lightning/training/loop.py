@@ -1,0 +1,112 @@
+"""The optimizer loop that teaches by feedback control. The one module that touches Lightning's private names."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.optimization.automatic import _OUTPUTS_TYPE, _AutomaticOptimization
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.fabric.utilities.types import _Stateful
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+
+class DFCOptimizerLoop(_AutomaticOptimization):
+    """Lightning's automatic optimization with something to do before and after each batch.
+
+    The update itself reaches the optimizer through ``loss.backward()``; see :mod:`dfc_lightning.autograd`.
+
+    Args:
+        trainer: the trainer.
+        before_batch: called before a training step; runs the feedback stages that are due.
+        after_batch: called with the batch's index after the optimizer has had its turn.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, before_batch: Callable[[], None], after_batch: Callable[[int], None]
+    ) -> None:
+        super().__init__(trainer)
+        self._before_batch, self._after_batch = before_batch, after_batch
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> _OUTPUTS_TYPE:
+        """Run the stages that are due, then the batch."""
+        self._before_batch()
+        outputs = super().run(optimizer, batch_idx, kwargs)
+        self._after_batch(batch_idx)
+        return outputs
+
+    def install(self) -> None:
+        """Take the place of the trainer's optimizer loop."""
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        self.load_state_dict(epoch_loop.automatic_optimization.state_dict())
+        epoch_loop.automatic_optimization = self
+
+
+def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """A pass of its own over the training data, each batch converted and moved as for ``training_step``."""
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    private = [_private_copy(loader) for loader in combined.flattened]
+    module = trainer.lightning_module
+    if len(private) == 1 and combined.iterables is combined.flattened[0]:
+        batches: Iterator[Any] = iter(private[0])
+    else:
+        mine = CombinedLoader(combined.iterables, combined._mode)
+        mine.flattened = private
+        mine.limits = combined.limits
+        batches = (batch for batch, _, _ in mine)
+    for batch in batches:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def step_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> list[Any]:
+    """The arguments of the module's ``training_step`` for a batch."""
+    return list(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
+
+
+def takes_loader_iterator(trainer: pl.Trainer) -> bool:
+    """Whether ``training_step`` fetches its own batches, by an argument ``dataloader_iter``."""
+    return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+
+
+def fast_forward(trainer: pl.Trainer) -> None:
+    """After a restart within an epoch, pass over the batches the epoch has had.
+
+    Lightning restores its counters but starts the loader from the beginning, unless that is stateful.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+    if not epoch_loop.restarting or fetcher is None or combined is None or takes_loader_iterator(trainer):
+        return
+    if all(isinstance(loader, _Stateful) for loader in combined.flattened):
+        return
+    had = epoch_loop.batch_progress.current.completed + int(epoch_loop.restarted_on_train_batch_end)
+    if had >= trainer.num_training_batches:
+        return
+    for _ in range(had):
+        next(fetcher)
+    fetcher.fetched -= had  # Lightning adds the batches of the epoch so far itself
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module, or one in it, was compiled: its forward then runs past hooks added later."""
+    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()) or any(
+        isinstance(m, torch._dynamo.OptimizedModule) for m in module.modules()
+    )
+
+
+def _private_copy(loader: Any) -> Any:
+    """A loader over the same data with an iterator of its own, also where workers persist."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    clone = copy.copy(loader)
+    clone._iterator = None
+    return clone

@@ -1,0 +1,116 @@
+"""Which feedback stage runs when, and how far it has come."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from dfc_lightning.feedback_learning.learner import FeedbackLearning
+from dfc_lightning.training.progress import stage_bar
+
+
+@dataclass
+class StageProgress:
+    """Where feedback learning stands; saved with a checkpoint, so that a run resumes within a pass.
+
+    Args:
+        initial_done: whether the initial passes are complete.
+        epoch: the last epoch whose own passes are complete.
+        passes: complete passes of the stage under way.
+        batches: complete batches of the pass under way.
+        total_passes: complete passes of all stages.
+    """
+
+    initial_done: bool = False
+    epoch: int = -1
+    passes: int = 0
+    batches: int = 0
+    total_passes: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class FeedbackStages:
+    """Runs the passes that are due before an epoch's first training batch.
+
+    Args:
+        learning: how many passes.
+        learn: one feedback learning step on a batch, given also its index and whether the pass is an initial one.
+        seed: the order of the data in pass k depends on this and k alone.
+    """
+
+    def __init__(
+        self, learning: FeedbackLearning, learn: Callable[[Any, int, bool], dict[str, Tensor]], seed: int
+    ) -> None:
+        self.learning, self.learn, self.seed = learning, learn, seed
+        self.progress = StageProgress()
+
+    def run(
+        self, trainer: pl.Trainer, batches: Callable[[], Iterable[Any]], log: Callable[..., None]
+    ) -> None:
+        """Run or finish what is due.
+
+        Args:
+            trainer: the trainer, in fit, with an epoch begun.
+            batches: makes a new pass over the training batches.
+            log: takes the metrics of a step.
+        """
+        progress = self.progress
+        if not progress.initial_done:
+            self._stage(trainer, "initial feedback pass", self.learning.initial_passes, True, batches, log)
+            progress.initial_done = True
+        if progress.epoch < trainer.current_epoch:
+            self._stage(trainer, "feedback pass", self.learning.passes_per_epoch, False, batches, log)
+            progress.epoch = trainer.current_epoch
+
+    def _stage(
+        self,
+        trainer: pl.Trainer,
+        title: str,
+        passes: int,
+        initial: bool,
+        batches: Callable[[], Iterable[Any]],
+        log: Callable[..., None],
+    ) -> None:
+        progress = self.progress
+        while progress.passes < passes:
+            label = f"{title} {progress.passes + 1}/{passes}"
+            limit = trainer.num_training_batches
+            with self._own_randomness(), stage_bar(trainer, label, limit, progress.batches) as advance:
+                for index, batch in enumerate(batches()):
+                    if index >= limit:
+                        break
+                    if index < progress.batches:
+                        continue  # done before the interruption
+                    log(self.learn(batch, index, initial))
+                    progress.batches += 1
+                    advance()
+                    if trainer.received_sigterm:
+                        raise SIGTERMException
+            progress.passes, progress.batches = progress.passes + 1, 0
+            progress.total_passes += 1
+        progress.passes = 0
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Shuffling and augmentation that depend on the pass alone, and leave the user's generators as they were."""
+        with isolate_rng():
+            torch.manual_seed(self.seed + self.progress.total_passes)
+            random.seed(self.seed + self.progress.total_passes)
+            yield
