@@ -72,9 +72,7 @@ class Lesson:
         """Whether a backward pass has reached the network's output."""
         return self.update is not None
 
-    def open(
-        self, activity: Activity, chain: Chain, points: Sequence[ControlPoint], output: Tensor
-    ) -> Tensor:
+    def open(self, activity: Activity, chain: Chain, points: Sequence[ControlPoint], output: Tensor) -> Tensor:
         """Put the gate on the network's output, (B, n_L).
 
         Args:

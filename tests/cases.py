@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,10 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.nonlinearity import (
-    Elementwise,
-    Identity,
-    LeakyReLU,
-    Nonlinearity,
-    ReLU,
-    Sigmoid,
-    Tanh,
-)
+from dfc_lightning.control.nonlinearity import Elementwise, Identity, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
 from dfc_lightning.rules import Update
+
+Net = tuple[tuple[int, ...], str, str]
 
 PHI: dict[str, tuple[Nonlinearity, Callable[[Tensor], Tensor]]] = {
     "linear": (Identity(), lambda v: v),
@@ -33,7 +28,7 @@ PHI: dict[str, tuple[Nonlinearity, Callable[[Tensor], Tensor]]] = {
 }
 """Nonlinearities and, beside each, the torch function it stands for."""
 
-NETWORKS = {
+NETWORKS: dict[str, Net] = {
     "linear": ((6, 5, 4, 3), "linear", "squared"),
     "tanh": ((6, 5, 4, 3), "tanh", "squared"),
     "tanh_ce": ((20, 16, 16, 10), "tanh", "cross_entropy"),
@@ -73,22 +68,14 @@ class Case:
             return F.cross_entropy(output, self.y, reduction="none")
         return 0.5 * (output - self.y).square().sum(1)
 
-    def output(
-        self,
-        pushes: Sequence[Tensor] | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
-        x: Tensor | None = None,
-    ) -> Tensor:
-        """r_L by a plain forward pass, ``pushes`` added to each layer's voltage; x may be one sample, (n_0,)."""
-        return self.rates(pushes, parameters, x)[-1]
+    def output(self, *args: Any, **kwargs: Any) -> Tensor:
+        """r_L by a plain forward pass; arguments as for :meth:`rates`."""
+        return self.rates(*args, **kwargs)[-1]
 
     def rates(
-        self,
-        pushes: Sequence[Tensor] | None = None,
-        parameters: Sequence[Sequence[Tensor]] | None = None,
-        x: Tensor | None = None,
+        self, pushes: Sequence[Tensor] | None = None, parameters: Any = None, x: Tensor | None = None
     ) -> list[Tensor]:
-        """r_1 … r_L, as :meth:`output`."""
+        """r_1 … r_L with ``pushes`` added to the voltages, with other weights and biases, for another input."""
         weights, biases = parameters or (self.chain.weights, self.chain.biases)
         rates = [self.x if x is None else x]
         for i, (w, b) in enumerate(zip(weights, biases)):
@@ -120,22 +107,17 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same in another dtype."""
-        c, real = self.chain, self.loss != "cross_entropy"
+        c = self.chain
         w, b, q = ([t.to(dtype) for t in layers] for layers in (c.weights, c.biases, c.feedback))
-        y = self.y.to(dtype) if real else self.y
+        y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         return replace(self, chain=Chain(w, b, c.nonlinearities, q), x=self.x.to(dtype), y=y)
 
 
-def make(
-    name: str | tuple[tuple[int, ...], str, str],
-    feedback: str = "weight_product",
-    batch: int = 5,
-    seed: int = 0,
-) -> Case:
+def make(name: str | Net, feedback: str = "weight_product", batch: int = 5, seed: int = 0) -> Case:
     """A seeded case, by a name of ``NETWORKS`` or by widths, nonlinearity and loss.
 
-    ``feedback``: "weight_product"; "random" with Q_L = I; "jacobian_transpose" and "pseudoinverse" of the first
-    sample; "mixed", Jᵀ M of the first sample with a random M; "unruly", random in the output layer too.
+    ``feedback``: "weight_product"; "random" with Q_L = I; "unruly", random in the output layer too; "pseudoinverse"
+    of the first sample's J, and "mixed", its Jᵀ M with a random M.
     """
     sizes, hidden, loss = NETWORKS[name] if isinstance(name, str) else name
     g = torch.Generator().manual_seed(seed)
@@ -155,18 +137,13 @@ def make(
         noise = [normal(n, last) * (2 / (n + last)) ** 0.5 for n in sizes[1:]]
         return case.with_feedback(torch.cat(noise if feedback == "unruly" else [*noise[:-1], product[-1]]))
     jacobian = case.jacobian[0]
-    mixer = {
-        "jacobian_transpose": lambda: torch.eye(last, dtype=torch.float64),
-        "pseudoinverse": lambda: torch.linalg.inv(jacobian @ jacobian.T),
-        "mixed": lambda: normal(last, last),
-    }[feedback]()
+    mixer = torch.linalg.inv(jacobian @ jacobian.T) if feedback == "pseudoinverse" else normal(last, last)
     return case.with_feedback(jacobian.T @ mixer)
 
 
-def flat(update: Update | Sequence[Sequence[Tensor]]) -> Tensor:
+def flat(update: Update) -> Tensor:
     """All weight and bias changes in one vector, weights first."""
-    weights, biases = (update.weights, update.biases) if isinstance(update, Update) else update
-    return torch.cat([t.reshape(-1) for t in [*weights, *biases]])
+    return torch.cat([t.flatten() for t in [*update.weights, *update.biases]])
 
 
 def degrees(a: Tensor, b: Tensor) -> float:

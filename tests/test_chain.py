@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import NETWORKS, PHI, Case, close, flat, make
 from torch import Tensor
 
-from cases import NETWORKS, PHI, Case, close, flat, make
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.rules import DFC, Backprop
 from dfc_lightning.settling import Euler, Linearized, SteadyState
@@ -51,30 +51,22 @@ def test_the_response_is_a_second_forward_pass_with_the_feedback_added(name: str
         assert torch.allclose(mine, r - was, rtol=0, atol=1e-12 * max(1.0, size))
         assert driven.shape == r.shape
     for i, w in enumerate(case.chain.weights[1:], start=1):
-        assert torch.allclose(
-            response.basal[i], (after[i - 1] - before[i - 1]) @ w.T, atol=1e-12 * max(1.0, size)
-        )
+        assert torch.allclose(response.basal[i], (after[i - 1] - before[i - 1]) @ w.T, atol=1e-12 * max(1.0, size))
         assert torch.equal(response.driven[i], case.chain.apical(u)[i])
 
 
 @networks
 def test_backprop_equals_autograd_of_the_mean_loss(name: str) -> None:
     case = make(name)
-    leaves = [
-        [t.clone().requires_grad_() for t in layers] for layers in (case.chain.weights, case.chain.biases)
-    ]
+    leaves = [[t.clone().requires_grad_() for t in layers] for layers in (case.chain.weights, case.chain.biases)]
     loss = case.losses(case.output(parameters=leaves)).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*leaves[0], *leaves[1]])])
     assert close(flat(Backprop().teach(case.chain, case.activity, case.loss_grad)), gradient, TIGHT)
 
 
-VOLTAGES = torch.tensor(
-    [0.0, 1e-9, 1e-5, 1e-3, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 40.0], dtype=torch.float64
-)
+VOLTAGES = torch.tensor([0.0, 1e-9, 1e-5, 1e-3, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 40.0], dtype=torch.float64)
 VOLTAGES = torch.cat([-VOLTAGES.flip(0), VOLTAGES])
-CHANGES = torch.tensor(
-    [1e-12, 1e-8, 1e-5, 1e-4, 1e-2, 0.3, 0.999, 1.0, 1.001, 3.0, 12.0, 50.0], dtype=torch.float64
-)
+CHANGES = torch.tensor([1e-12, 1e-8, 1e-5, 1e-4, 1e-2, 0.3, 0.999, 1.0, 1.001, 3.0, 12.0, 50.0], dtype=torch.float64)
 CHANGES = torch.cat([-CHANGES.flip(0), torch.zeros(1, dtype=torch.float64), CHANGES])
 nonlinearities = pytest.mark.parametrize("kind", PHI)
 
@@ -117,9 +109,7 @@ def test_small_differences_keep_their_digits_in_float32(kind: str, change: float
 
 
 @networks
-@pytest.mark.parametrize(
-    "settling", [Linearized(), SteadyState(), Euler(steps=300)], ids=["SSA", "SS", "euler"]
-)
+@pytest.mark.parametrize("settling", [Linearized(), SteadyState(), Euler(steps=300)], ids=["SSA", "SS", "euler"])
 @pytest.mark.parametrize("plasticity", ["rate_difference", "voltage_difference", "derivative"])
 def test_float32_updates_agree_with_float64(name: str, settling, plasticity: str) -> None:
     case = make(name, "random")

@@ -55,9 +55,7 @@ class Activity:
 
     def samples(self, index: Tensor) -> Activity:
         """The activity of some samples only; ``index`` as for a tensor's first dimension."""
-        return Activity(
-            self.x[index], [v[index] for v in self.v], [r[index] for r in self.r], self.nonlinearities
-        )
+        return Activity(self.x[index], [v[index] for v in self.v], [r[index] for r in self.r], self.nonlinearities)
 
 
 class Response(NamedTuple):
@@ -116,7 +114,8 @@ class Chain:
 
     def feedforward(self, x: Tensor) -> Activity:
         """The feedforward pass of input ``x``, (B, n_0)."""
-        voltages, rates = [], []
+        voltages: list[Tensor] = []
+        rates: list[Tensor] = []
         for w, b, phi in zip(self.weights, self.biases, self.nonlinearities):
             voltages.append(torch.nn.functional.linear(rates[-1] if rates else x, w, b))
             rates.append(phi(voltages[-1]))

@@ -28,8 +28,9 @@ class ControlledNetwork:
     """Finds the control points of a module and owns the feedback weights Q_i, one (n_i, n_L) tensor a point.
 
     The module itself is left as it is: hooks are on it only inside :meth:`watched`. The first forward pass seen
-    there fixes the order of the layers and the nonlinearities between them. What follows the last layer, a
-    log-softmax say, counts as part of the loss: the network's output r_L is that layer's voltage.
+    there fixes the order of the layers and the nonlinearities between them; the first in training mode and the first
+    in evaluation mode are checked. What follows the last layer, a log-softmax say, counts as part of the loss: the
+    network's output r_L is that layer's voltage.
 
     Args:
         module: any module whose trainable layers are a chain of ``nn.Linear`` with elementwise functions between.
@@ -48,15 +49,13 @@ class ControlledNetwork:
         feedback_init: FeedbackInit = "weight_product",
         seed: int | None = None,
     ) -> None:
-        require(
-            feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}"
-        )
+        require(feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.module = module
         self.points: list[ControlPoint] = find_points(module, network)
         self.feedback_init = feedback_init
         self.seed = torch.initial_seed() if seed is None else seed
         self.feedback: list[nn.Parameter] = []
-        self._seen = False
+        self._seen: set[bool] = set()  # in training mode, in evaluation mode
         self._initialise_feedback()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +63,7 @@ class ControlledNetwork:
         return self.module(*args, **kwargs)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Weights and biases of all control points, in order."""
         return [p for point in self.points for p in point.parameters]
 
@@ -153,7 +152,7 @@ class ControlledNetwork:
         Raises:
             ControlError: a layer is passed twice or not at all, or what lies between two is not elementwise.
         """
-        watch = _Watch(self, at_output, OperationRecorder() if not self._seen else None)
+        watch = _Watch(self, at_output, None if self.module.training in self._seen else OperationRecorder())
         with contextlib.ExitStack() as stack:
             for point in self.points:
                 hook = point.layer.register_forward_hook(watch.passed, with_kwargs=True)
@@ -168,7 +167,8 @@ class ControlledNetwork:
         for point, (nonlinearity, overwrites) in zip(order, found):
             point.nonlinearity, point.overwrites = nonlinearity, overwrites
         reordered = [p.name for p in order] != [p.name for p in self.points]
-        self.points, self._seen = order, True
+        self.points = order
+        self._seen.add(self.module.training)
         if reordered:
             self._initialise_feedback()
 
@@ -177,6 +177,7 @@ class ControlledNetwork:
         if self.feedback_init == "jacobian":
             for q, value in zip(self.feedback, averaged_pseudoinverse(self.chain(), activity)):
                 q.data = value
+            self.feedback_init = "weight_product"  # values are given now: none to be taken from activity
 
     def state_dict(self) -> dict[str, Tensor]:
         """The feedback weights by the names of their layers."""
@@ -194,18 +195,17 @@ class ControlledNetwork:
                 f"The feedback weights to load are for the layers {sorted(state)}, but this network has "
                 f"{sorted(known)}. Load them into the network they were saved from."
             )
-        outputs = {q.shape[1] for q in state.values()}
-        for name, q in state.items():
-            if q.shape[0] != known[name].width or len(outputs) != 1:
+        # The order saved is the order of the chain, if no forward pass has shown it yet.
+        order = self.points if self._seen else [known[name] for name in state]
+        for point in order:
+            shape, needed = tuple(state[point.name].shape), (point.width, order[-1].width)
+            if shape != needed:
                 raise ControlError(
-                    f"The feedback weight to load for {name!r} has the shape {tuple(q.shape)}, but the layer has "
-                    f"{known[name].width} units. Load it into the network it was saved from."
+                    f"The feedback weight to load for {point.name!r} has the shape {shape}, but the layer's units and "
+                    f"the network's outputs make {needed}. Load it into the network it was saved from."
                 )
-        order = [known[name] for name in state]  # the order saved is the order of the chain
         self.points = order
-        self.feedback = [
-            nn.Parameter(q.to(known[name].layer.weight.device, self.dtype)) for name, q in state.items()
-        ]
+        self.feedback = [nn.Parameter(state[p.name].to(p.layer.weight.device, self.dtype)) for p in order]
         if self.feedback_init == "jacobian":
             self.feedback_init = "weight_product"  # values are given: none to be taken from activity
 
@@ -244,9 +244,7 @@ class _Watch:
         self.found: list[tuple[Nonlinearity, bool]] = []
         self.handed_on: Tensor | None = None
 
-    def passed(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
+    def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
         point = self.waiting.pop(id(layer), None)
         if point is None:
@@ -261,10 +259,15 @@ class _Watch:
                 f"The layer {point.name!r} returns the shape {tuple(output.shape)}; a controlled layer maps (B, n_in) "
                 "to (B, n_out). Flatten its input to two dimensions."
             )
+        if received.requires_grad and torch.is_grad_enabled():
+            raise ControlError(
+                f"The input of the layer {point.name!r} wants a gradient, but feedback control sends none back through "
+                "a layer: what computes it would not learn. Freeze that with requires_grad_(False), or detach() it."
+            )
         if self.recorder is not None and self.handed_on is not None:
             before = self.voltages[-1]
             self.found.append(self.recorder.path(self.handed_on, received, before, self.order[-1].name))
-        elif self.handed_on is not None and self.network.points[len(self.order)] is not point:
+        if self.network._seen and self.network.points[len(self.order)] is not point:
             raise ControlError(
                 f"The layer {point.name!r} is called in another order than in the first step. The layers of a "
                 "controlled chain follow each other the same way in every step."
@@ -285,14 +288,14 @@ class _Watch:
             network.settle_order(self.order, [*self.found, (Identity(), False)])
         chain = network.chain()
         dtype = network.dtype
-        if self.voltages[0].dtype != dtype:  # autocast: settle from a feedforward pass in full precision
-            with torch.autocast(self.inputs[0].device.type, enabled=False):
+        with torch.autocast(self.inputs[0].device.type, enabled=False):
+            if self.voltages[0].dtype != dtype:  # autocast: settle from a feedforward pass in full precision
                 activity = chain.feedforward(self.inputs[0].to(dtype))
-        else:
-            rates = [*self.inputs[1:], self.voltages[-1]]
-            activity = Activity(self.inputs[0], self.voltages, rates, chain.nonlinearities)
-        if self.recorder is not None:
-            network.adopt(activity)
+            else:
+                rates = [*self.inputs[1:], self.voltages[-1]]
+                activity = Activity(self.inputs[0], self.voltages, rates, chain.nonlinearities)
+            if self.recorder is not None:
+                network.adopt(activity)
         return activity
 
     def check_complete(self) -> None:

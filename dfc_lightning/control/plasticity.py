@@ -12,9 +12,7 @@ Plasticity = Literal["rate_difference", "voltage_difference", "derivative"]
 PLASTICITIES = ("rate_difference", "voltage_difference", "derivative")
 
 
-def postsynaptic(
-    chain: Chain, activity: Activity, response: Response, plasticity: Plasticity
-) -> list[Tensor]:
+def postsynaptic(chain: Chain, activity: Activity, response: Response, plasticity: Plasticity) -> list[Tensor]:
     """What the feedback changed in each layer, one (B, n_i) a layer.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from dfc_lightning.control.checks import ControlError
@@ -34,7 +34,7 @@ class ControlPoint:
         return self.layer.out_features
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The weight and, if there is one, the bias."""
         return [p for p in (self.layer.weight, self.layer.bias) if p is not None]
 
@@ -89,9 +89,7 @@ def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str)
                     f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled chain "
                     "learns from its own input; give them parameters of their own."
                 )
-    untaught = [
-        f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner
-    ]
+    untaught = [f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
     if untaught:
         raise ControlError(
             f"No segment of the controlled chain can teach the parameters {_listed(untaught)}: only weights and "

@@ -85,11 +85,7 @@ class OperationRecorder(TorchFunctionMode):
     def _between(self, source: Tensor, end: Tensor) -> tuple[list[_Call], bool]:
         """The calls that lead from ``source`` to ``end``, and whether other tensors flow in on the way."""
         birth = max(
-            (
-                k
-                for k, c in enumerate(self._calls)
-                if c.result is source and all(a is not source for a in c.tensors)
-            ),
+            (k for k, c in enumerate(self._calls) if c.result is source and all(a is not source for a in c.tensors)),
             default=-1,
         )
         wanted, found = {id(end)}, []
@@ -155,12 +151,13 @@ def _replay(calls: Sequence[_Call], source: Tensor) -> Callable[[Tensor], Tensor
 def _is_elementwise(phi: Nonlinearity, v: Tensor, r: Tensor) -> bool:
     """φ(v) is r, and an entry of φ(v) depends on nothing but its own entry of v."""
     with torch.no_grad():
-        close = dict(rtol=2e-2, atol=2e-2) if v.dtype.itemsize < 4 else dict(rtol=1e-4, atol=1e-6)
-        if not torch.allclose(phi(v), r.to(v.dtype), **close):
+        rtol, atol = (2e-2, 2e-2) if v.dtype.itemsize < 4 else (1e-4, 1e-6)
+        if not torch.allclose(phi(v), r.to(v.dtype), rtol, atol):
             return False
-        rows = torch.arange(v.shape[0], device=v.device).unsqueeze(1)
-        columns = torch.arange(v.shape[1], device=v.device).unsqueeze(0)
-        for keep in ((columns % 2 == 0).expand_as(v), (rows % 2 == 0).expand_as(v)):
-            if not torch.allclose(phi(torch.where(keep, v, 0.3 - v))[keep], r.to(v.dtype)[keep], **close):
-                return False
+        for dim, size in enumerate(v.shape):
+            place = torch.arange(size, device=v.device).unsqueeze(1 - dim).expand_as(v)
+            for bit in range((size - 1).bit_length()):  # two different places differ in one of these
+                for keep in (half := (place >> bit) % 2 == 0, ~half):
+                    if not torch.allclose(phi(torch.where(keep, v, 0.3 - v))[keep], r.to(v.dtype)[keep], rtol, atol):
+                        return False
     return True

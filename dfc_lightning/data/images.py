@@ -143,9 +143,7 @@ class MNIST(_IdxImages):
         num_workers: int = 0,
         shuffle: bool = True,
     ) -> None:
-        super().__init__(
-            root, batch_size, validation_size, standardize, seed, eval_batch_size, num_workers, shuffle
-        )
+        super().__init__(root, batch_size, validation_size, standardize, seed, eval_batch_size, num_workers, shuffle)
 
 
 class FashionMNIST(_IdxImages):
@@ -181,9 +179,7 @@ class FashionMNIST(_IdxImages):
         num_workers: int = 0,
         shuffle: bool = True,
     ) -> None:
-        super().__init__(
-            root, batch_size, validation_size, standardize, seed, eval_batch_size, num_workers, shuffle
-        )
+        super().__init__(root, batch_size, validation_size, standardize, seed, eval_batch_size, num_workers, shuffle)
 
 
 def _read_idx(path: Path) -> Tensor:

@@ -65,9 +65,7 @@ class StudentTeacher(TensorDataModule):
             * torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float32)
             for fan_in, fan_out in pairwise(self.teacher_sizes)
         ]
-        self.train_set, self.val_set, self.test_set = (
-            self._draw(size, weights, generator) for size in self.set_sizes
-        )
+        self.train_set, self.val_set, self.test_set = (self._draw(size, weights, generator) for size in self.set_sizes)
 
     def _draw(self, size: int, weights: list[Tensor], generator: torch.Generator) -> TensorPairs:
         inputs = 2 * torch.rand(size, self.teacher_sizes[0], generator=generator, dtype=torch.float32) - 1

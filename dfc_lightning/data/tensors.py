@@ -90,8 +90,7 @@ class TensorDataModule(L.LightningDataModule):
     def _loader(self, pairs: TensorPairs | None, batch_size: int, shuffle: bool) -> DataLoader:
         if pairs is None:
             raise RuntimeError(
-                f"{type(self).__name__} holds no data for this loader yet. "
-                "Call setup() with the matching stage first."
+                f"{type(self).__name__} holds no data for this loader yet. Call setup() with the matching stage first."
             )
         return DataLoader(
             pairs,

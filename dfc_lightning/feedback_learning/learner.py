@@ -57,9 +57,7 @@ class FeedbackLearning:
             "give one above zero",
         )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or more")
-        require(
-            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero"
-        )
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero")
 
 
 class FeedbackLearner:
@@ -91,9 +89,7 @@ class FeedbackLearner:
         generator = torch.Generator(activity.x.device).manual_seed(_mixed(self.seed, self.steps))
 
         def noise(shape: tuple[int, int]) -> Tensor:
-            return torch.randn(
-                shape, generator=generator, device=activity.x.device, dtype=activity.output.dtype
-            )
+            return torch.randn(shape, generator=generator, device=activity.x.device, dtype=activity.output.dtype)
 
         gradients = self.learning.method.gradient(chain, activity, noise)
         learned = self._learned()
@@ -127,9 +123,7 @@ class FeedbackLearner:
         if self._optimizer is None or self._initial != initial:
             settings = self.learning
             lr = settings.initial_lr if initial and settings.initial_lr is not None else settings.lr
-            self._optimizer = torch.optim.Adam(
-                self._learned(), lr, settings.betas, settings.eps, settings.weight_decay
-            )
+            self._optimizer = torch.optim.Adam(self._learned(), lr, settings.betas, settings.eps, settings.weight_decay)
             self._initial = initial
         return self._optimizer
 

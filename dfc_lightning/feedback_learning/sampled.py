@@ -52,9 +52,7 @@ class Sampled:
 
     def __post_init__(self) -> None:
         require(self.steps >= 2, "steps", self.steps, "the first step gives no update; simulate two or more")
-        require(
-            self.sigma > 0, "sigma", self.sigma, "feedback weights learn from noise; give a value above zero"
-        )
+        require(self.sigma > 0, "sigma", self.sigma, "feedback weights learn from noise; give a value above zero")
         require(
             self.sigma_output is None or self.sigma_output >= 0,
             "sigma_output",
@@ -88,9 +86,7 @@ class Sampled:
             activity: its feedforward activity.
             noise: source of standard normal draws, one call a step.
         """
-        dynamics = Dynamics(
-            chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step
-        )
+        dynamics = Dynamics(chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step)
         last = self.sigma if self.sigma_output is None else self.sigma_output
         sigmas = [self.sigma] * (chain.depth - 1) + [last]
         kick = stacked_noise(sigmas, chain.widths, activity.output) * (self.dt**0.5 / self.apical_tau)

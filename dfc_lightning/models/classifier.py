@@ -77,7 +77,6 @@ def _outputs(network: nn.Module) -> int:
     sizes = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
     if not sizes:
         raise ValueError(
-            f"num_classes=None cannot be inferred: {type(network).__name__} has no nn.Linear. "
-            "Give num_classes."
+            f"num_classes=None cannot be inferred: {type(network).__name__} has no nn.Linear. Give num_classes."
         )
     return sizes[-1]

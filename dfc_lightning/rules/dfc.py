@@ -47,12 +47,8 @@ class DFC(LearningRule):
 
     def __post_init__(self) -> None:
         NudgedTarget(self.target_stepsize)  # checks it
-        require(
-            self.plasticity in PLASTICITIES, "plasticity", self.plasticity, f"choose one of {PLASTICITIES}"
-        )
-        require(
-            self.unconverged in ("keep", "drop"), "unconverged", self.unconverged, 'choose "keep" or "drop"'
-        )
+        require(self.plasticity in PLASTICITIES, "plasticity", self.plasticity, f"choose one of {PLASTICITIES}")
+        require(self.unconverged in ("keep", "drop"), "unconverged", self.unconverged, 'choose "keep" or "drop"')
         require(
             not self.integrate or isinstance(self.settling, Simulation),
             "integrate",

@@ -47,10 +47,7 @@ class MinimumNorm(LearningRule):
             response = chain.respond(activity, driven)
             return Update(*steady_update(chain, activity, response, self.plasticity, scale))
         still = [torch.zeros_like(v) for v in activity.v]
-        rates = [
-            phi.difference(v, r, a)
-            for phi, v, r, a in zip(chain.nonlinearities, activity.v, activity.r, driven)
-        ]
+        rates = [phi.difference(v, r, a) for phi, v, r, a in zip(chain.nonlinearities, activity.v, activity.r, driven)]
         signals = postsynaptic(chain, activity, Response(still, driven, rates), self.plasticity)
         return Update(*chain.outer(signals, activity.presynaptic(), scale))
 

@@ -1,6 +1,6 @@
 """What a learning rule is: from output gradients to weight updates, in gradient units."""
 
-from __future__ import annotations
+# Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

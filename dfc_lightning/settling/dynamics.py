@@ -72,7 +72,7 @@ class Dynamics:
 
     @property
     def error(self) -> Tensor:
-        """e = r_L* − r_L, (B, n_L)."""
+        """The output's distance from its target, e = r_L* − r_L, (B, n_L)."""
         return self.offset - self.rates[-1]
 
     def advance_control(self) -> None:
@@ -105,9 +105,7 @@ class Dynamics:
                 self.basal[i] = upstream[i - 1] @ self.chain.weights[i].T
             target = apical + self.basal[i]
             self.somatic[i] = (
-                target
-                if step.instant_system
-                else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
+                target if step.instant_system else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
             )
             self.rates[i] = self.chain.nonlinearities[i].difference(
                 self.activity.v[i], self.activity.r[i], self.somatic[i]

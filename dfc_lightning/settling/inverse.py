@@ -16,9 +16,7 @@ Beyond it the factors outweigh the network, and batched LU of matrices wider tha
 wrong results on multi-threaded CPUs."""
 
 
-def control_inverse(
-    chain: Chain, activity: Activity, leakage: float
-) -> tuple[Callable[[Tensor], Tensor], bool]:
+def control_inverse(chain: Chain, activity: Activity, leakage: float) -> tuple[Callable[[Tensor], Tensor], bool]:
     """A function y ↦ (JQ + α̃ I)⁻¹ y for y of shape (B, n_L), and whether it is exact.
 
     Up to ``EXACT_UP_TO`` outputs it is each sample's own inverse at the feedforward state. For wider outputs it is

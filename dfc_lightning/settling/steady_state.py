@@ -34,9 +34,7 @@ class SteadyState(Settling):
 
     def __post_init__(self) -> None:
         require(self.rtol > 0, "rtol", self.rtol, "give a relative residual above zero, e.g. 1e-5")
-        require(
-            self.max_iterations >= 1, "max_iterations", self.max_iterations, "allow at least one iteration"
-        )
+        require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "allow at least one iteration")
 
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """Solve the steady state; see :class:`Settling`."""

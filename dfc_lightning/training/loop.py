@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -9,10 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import _OUTPUTS_TYPE, _AutomaticOptimization
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.fabric.utilities.types import _Stateful
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -54,17 +55,18 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
     assert combined is not None
     private = [_private_copy(loader) for loader in combined.flattened]
     module = trainer.lightning_module
-    if len(private) == 1 and combined.iterables is combined.flattened[0]:
-        batches: Iterator[Any] = iter(private[0])
-    else:
-        mine = CombinedLoader(combined.iterables, combined._mode)
-        mine.flattened = private
-        mine.limits = combined.limits
-        batches = (batch for batch, _, _ in mine)
-    for batch in batches:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    with _own_generators(private):
+        if len(private) == 1 and combined.iterables is combined.flattened[0]:
+            batches: Iterator[Any] = iter(private[0])
+        else:
+            mine = CombinedLoader(combined.iterables, combined._mode)
+            mine.flattened = private
+            mine.limits = combined.limits
+            batches = (batch for batch, _, _ in mine)
+        for batch in batches:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def step_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> list[Any]:
@@ -98,9 +100,30 @@ def fast_forward(trainer: pl.Trainer) -> None:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether the module, or one in it, was compiled: its forward then runs past hooks added later."""
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()) or any(
-        isinstance(m, torch._dynamo.OptimizedModule) for m in module.modules()
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        getattr(m, "_compiled_call_impl", None) is not None or isinstance(m, torch._dynamo.OptimizedModule)
+        for m in module.modules()
     )
+
+
+@contextlib.contextmanager
+def _own_generators(loaders: list[Any]) -> Iterator[None]:
+    """Seed the loaders' own generators from torch's global one, and leave them as they were."""
+    owners = [owner for loader in loaders for owner in (loader, *_samplers(loader))]
+    held = {getattr(owner, "generator", None) for owner in owners}
+    states = {g: g.get_state() for g in held if isinstance(g, torch.Generator)}
+    for generator in states:
+        generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+    try:
+        yield
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
 
 
 def _private_copy(loader: Any) -> Any:

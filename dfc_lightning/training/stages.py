@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -61,9 +62,7 @@ class FeedbackStages:
         self.learning, self.learn, self.seed = learning, learn, seed
         self.progress = StageProgress()
 
-    def run(
-        self, trainer: pl.Trainer, batches: Callable[[], Iterable[Any]], log: Callable[..., None]
-    ) -> None:
+    def run(self, trainer: pl.Trainer, batches: Callable[[], Iterable[Any]], log: Callable[..., None]) -> None:
         """Run or finish what is due.
 
         Args:
@@ -111,6 +110,8 @@ class FeedbackStages:
     def _own_randomness(self) -> Iterator[None]:
         """Shuffling and augmentation that depend on the pass alone, and leave the user's generators as they were."""
         with isolate_rng():
-            torch.manual_seed(self.seed + self.progress.total_passes)
-            random.seed(self.seed + self.progress.total_passes)
+            seed = (self.seed + self.progress.total_passes) % 2**64
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             yield

@@ -12,11 +12,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from dfc_lightning.autograd import Lesson, LossReduction
-from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.feedback import FeedbackInit
+from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning
 from dfc_lightning.rules.dfc import DFC
@@ -72,6 +73,7 @@ class DFCStrategy(SingleDeviceStrategy):
         self.learning = feedback or (FeedbackLearning() if self.rule.learns_feedback else None)
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
+        require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.network: ControlledNetwork | None = None
         self.learner: FeedbackLearner | None = None
         self.stages: FeedbackStages | None = None
@@ -108,10 +110,12 @@ class DFCStrategy(SingleDeviceStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        self._trainer = trainer
+        another, self._trainer = self._trainer is not trainer, trainer
         if self.network is None or self.network.module is not module:
             self.network = ControlledNetwork(module, self.network_name, self.feedback_init, self.seed)
             self._set_up_feedback(self.network)
+        elif another and self.stages is not None:
+            self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -161,8 +165,14 @@ class DFCStrategy(SingleDeviceStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.network is not None
-        with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
-            output = super().training_step(*args, **kwargs)
+        self.lesson = None
+        try:
+            with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
+                output = super().training_step(*args, **kwargs)
+                if output is None:
+                    raise _BatchSkipped
+        except _BatchSkipped:
+            return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor):
             if not loss.requires_grad:
@@ -206,23 +216,29 @@ class DFCStrategy(SingleDeviceStrategy):
 
     def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
         module, network, learner = self.lightning_module, self.network, self.learner
-        assert (
-            module is not None and network is not None and learner is not None and self._trainer is not None
-        )
+        assert module is not None and network is not None and learner is not None and self._trainer is not None
         arguments = step_arguments(self._trainer, batch, batch_idx)
-        with torch.no_grad(), self.precision_plugin.train_step_context(), _silenced(module):
-            activity = network.observing(lambda: module.training_step(*arguments))
-            return learner.step(activity, initial)
+
+        def run() -> None:
+            if module.training_step(*arguments) is None:
+                raise _BatchSkipped
+
+        try:
+            with torch.no_grad(), self.precision_plugin.train_step_context(), _silenced(module):
+                activity = network.observing(run)
+        except _BatchSkipped:
+            return {}
+        return learner.step(activity, initial)  # outside the context: no autocast in the simulation
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
         assert self.learner is not None
-        if self._logs_at(self.learner.steps - 1):
+        if metrics and self._logs_at(self.learner.steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
             self._log({**named, "feedback/step": float(self.learner.steps)}, self.learner.steps)
 
     def _logs_at(self, step: int) -> bool:
         assert self._trainer is not None
-        every = self._trainer.log_every_n_steps
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (step + 1) % every == 0
 
     def _log(self, metrics: Mapping[str, Tensor | float], step: int) -> None:
@@ -236,6 +252,7 @@ class DFCStrategy(SingleDeviceStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.network is not None:
             checkpoint[CHECKPOINT_KEY] = {
+                "seed": self.network.seed,
                 "feedback": self.network.state_dict(),
                 "learner": None if self.learner is None else self.learner.state_dict(),
                 "stages": None if self.stages is None else self.stages.progress.state_dict(),
@@ -247,12 +264,12 @@ class DFCStrategy(SingleDeviceStrategy):
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:
-            rank_zero_info(
-                "The checkpoint holds no feedback weights: they start anew, with the initial passes."
-            )
+            rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
             return
         assert self.network is not None
         self.network.load_state_dict(state["feedback"])
+        if self.seed is None:
+            self.network.seed = state["seed"]
         self._set_up_feedback(self.network)
         if self.learner is not None and state["learner"] is not None:
             self.learner.load_state_dict(state["learner"])
@@ -260,9 +277,7 @@ class DFCStrategy(SingleDeviceStrategy):
             self.stages.progress.load_state_dict(state["stages"])
 
 
-StrategyRegistry.register(
-    "dfc", DFCStrategy, description="Deep Feedback Control on one device", override=True
-)
+StrategyRegistry.register("dfc", DFCStrategy, description="Deep Feedback Control on one device", override=True)
 
 
 def _loss_is_deaf() -> ControlError:
@@ -272,11 +287,20 @@ def _loss_is_deaf() -> ControlError:
     )
 
 
+class _BatchSkipped(Exception):
+    """The module's ``training_step`` returned None, by which Lightning skips a batch."""
+
+
 @contextlib.contextmanager
 def _silenced(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` do nothing."""
+    """Let ``self.log`` do nothing, and leave the module's metrics as they were."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    before = [m._copy_state_dict() | {"_update_count": m._update_count, "_computed": m._computed} for m in metrics]
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         del module.__dict__["log"]
+        for metric, state in zip(metrics, before):
+            for name, value in state.items():
+                setattr(metric, name, value)

@@ -1,0 +1,144 @@
+"""The ``dfc`` command: ``dfc fit --config recipes/digits/dfc.yaml``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.imports import RequirementCache
+
+# Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
+import dfc_lightning.data
+import dfc_lightning.models
+import dfc_lightning.settling
+from dfc_lightning.control.checks import ControlError
+
+_EXTRA = 'pip install "dfc_lightning[recipes]"'
+
+
+class RecipeParser(LightningArgumentParser):
+    """Takes options by their full names only, and says what is wrong without a page of usage before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(ex, "subcommand_parser", None) or self
+        program = command.prog.replace(" [options]", "")
+        self.exit(2, f"error: {message}\ntip: {program} --help lists the options.\n")
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line, with ``fit`` ending in a test at the best validation epoch.
+
+    Args:
+        args: what follows the command's name; None for that of the process.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self._failure: Exception | None = None
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "dfc", "description": "Train by Deep Feedback Control and other learning rules."},
+            parser_class=RecipeParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """See which class it is that refuses its arguments."""
+
+        def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return class_type(*args, **kwargs)
+            except Exception as error:
+                self._failure = error
+                raise
+
+        self.parser.add_instantiator(build, object)
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; arguments they refuse end the command with code 2."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            cause: BaseException = self._failure or error
+            while self._failure is None and cause.__cause__ is not None:
+                cause = cause.__cause__
+            if not isinstance(cause, (ValueError, MisconfigurationException, ImportError)):
+                raise
+            self._parser(self.subcommand).error(self._with_option(str(cause)))
+
+    def _with_option(self, message: str) -> str:
+        """Put the option's full name before a message that begins with ``argument=value``."""
+        named = re.match(r"(\w+)=(\S+)", message)
+        if named is None:
+            return message
+        given = self.config[self.subcommand].items()
+        options = [key for key, value in given if key.endswith(f".{named[1]}") and repr(value) == named[2]]
+        return f"--{options[0]}: {message}" if options else message
+
+    def after_fit(self) -> None:
+        """Test the checkpoint of the best validation epoch, or else the final weights."""
+        sources = [source for source in (self.datamodule, self.model) if source is not None]
+        if not is_overridden("test_step", self.model) or not any(
+            is_overridden("test_dataloader", source, parent)
+            for source, parent in zip(sources, (pl.LightningDataModule, pl.LightningModule)[-len(sources) :])
+        ):
+            return
+        best = _best_checkpoint(self.trainer)
+        path = best.best_model_path if best is not None else None
+        results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
+        if not self.trainer.is_global_zero or not results or not results[0]:
+            return
+        figures, when = results[0], "final weights"
+        if best is not None and best.best_model_score is not None:
+            epoch = self.trainer.strategy.checkpoint_io.load_checkpoint(path)["epoch"]
+            when = f"best validation epoch {epoch}, {best.monitor} {float(best.best_model_score):.4g}"
+            headline = str(best.monitor).replace("val", "test", 1)
+            figures = {headline: figures[headline]} if headline in figures else figures
+        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()), f"({when})")
+
+
+def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """The first checkpoint callback that monitors a metric and has kept a best one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return callback
+    return None
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the ``dfc`` command.
+
+    Args:
+        args: what follows the command's name, as a list of words; None for that of the process.
+    """
+    if not RequirementCache("jsonargparse[signatures]>=4.28"):
+        sys.exit(f"error: the dfc command needs jsonargparse, which is not installed: {_EXTRA}")
+    try:
+        RecipeCLI(args)
+    except (ControlError, MisconfigurationException) as error:
+        sys.exit(f"error: {error}")
+    except FileNotFoundError as error:
+        if error.errno is not None:  # the system's, with no word on what to do
+            raise
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        sys.exit(f"error: {error}")
