@@ -5,20 +5,20 @@ Left out, and why: ``ssa_initact`` (feedforward presynaptic rates under feedback
 something else than its plain one), ``fb_homeo`` and ``fb_special`` (a weight normalisation and a controller that no
 published configuration uses), ``*_ss1_*`` of the minimum-norm update (the reference pairs it with another update's
 rates).
+
+The modes ``*_kp2_isys`` have diverged in the reference, by factors of 1e11 to 1e66, and their updates with them. Ours
+are zero there, on purpose; that the states are the same to 1e-9 is tested all the same.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from golden_cases import CASES, DFA_CASES, golden, relative_error
 
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.nonlinearity import Identity, Tanh
-from dfc_lightning.control.chain import Chain
 from dfc_lightning.feedback_learning.sampled import Sampled
 from dfc_lightning.rules import DFA, Backprop, MinimumNorm
 from dfc_lightning.rules.minimum_norm import minimum_norm_voltages
-from golden_cases import CASES, DFA_CASES, golden, relative_error
 
 TOLERANCE = 1e-9
 
@@ -33,6 +33,7 @@ def reproducible(mode: str) -> bool:
     return mode != "ssa_initact"
 
 
+DIVERGED = ("inst1_pro1_kp2_isys", "inst1_pro0_kp2_isys")
 SETTLING_MODES = [(n, m) for n, m in modes(("ss", "dfc")) if reproducible(m)]
 FEEDBACK_MODES = [(n, m) for n, m in modes(("fb",)) if m not in ("fb_homeo", "fb_special")]
 
@@ -42,6 +43,9 @@ def test_updates_equal_the_reference(name: str, mode: str) -> None:
     case = golden(name)
     rule = case.rule(mode)
     update = rule.teach(case.chain, case.activity, case.loss_grad)
+    if mode.endswith(DIVERGED):
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in update.weights + update.biases)
+        return
     # The efficient path of the reference averages over one state less.
     states = case.modes[mode]["tmax_di"]
     factor = (states - 1) / states if mode.startswith("dfceff") else 1.0
@@ -58,9 +62,7 @@ def test_updates_equal_the_reference(name: str, mode: str) -> None:
 def test_settled_states_equal_the_reference(name: str, mode: str) -> None:
     case = golden(name)
     rule = case.rule(mode)
-    settled = rule.settling.settle(
-        case.chain, case.activity, rule.target.offset(case.loss_grad), rule.controller
-    )
+    settled = rule.settling.settle(case.chain, case.activity, rule.target.offset(case.loss_grad), rule.controller)
     keep = torch.ones_like(settled.converged)
     if rule.unconverged == "drop":
         keep = settled.converged
@@ -105,9 +107,7 @@ def test_jacobians_and_backprop_equal_the_reference(name: str) -> None:
     jacobian = torch.cat(case.chain.jacobians(case.activity.slopes), dim=2)
     assert relative_error(jacobian, case["th__J_linear"]) < TOLERANCE
     update = Backprop().teach(case.chain, case.activity, case.loss_grad)
-    for ours, theirs in zip(
-        update.weights + update.biases, case.layers("bp_gW", "th") + case.layers("bp_gb", "th")
-    ):
+    for ours, theirs in zip(update.weights + update.biases, case.layers("bp_gW", "th") + case.layers("bp_gb", "th")):
         assert relative_error(ours, theirs) < TOLERANCE
 
 

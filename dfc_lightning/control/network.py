@@ -219,8 +219,11 @@ class ControlledNetwork:
         self.feedback = [nn.Parameter(q) for q in values]
 
 
-class _OutputReached(Exception):
-    """Carries the activity out of a forward pass that is broken off at the network's output."""
+class _OutputReached(BaseException):
+    """Carries the activity out of a forward pass that is broken off at the network's output.
+
+    No ``Exception``, so that an ``except`` clause of the user's around the forward pass lets it through.
+    """
 
     def __init__(self, activity: Activity) -> None:
         super().__init__()

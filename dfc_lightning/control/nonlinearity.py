@@ -55,12 +55,12 @@ class Tanh(Nonlinearity):
         return torch.tanh(v)
 
     def slope(self, v: Tensor, r: Tensor) -> Tensor:
-        return 1 - r * r
+        tail = torch.exp(-2 * v.abs())  # 1 − r² has no digits left where the unit is saturated
+        return 4 * tail / (1 + tail).square()
 
     def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
         t = torch.tanh(d)
-        gain = torch.addcmul(torch.ones_like(r), r, r, value=-1)
-        small = t * gain / torch.addcmul(torch.ones_like(r), r, t)
+        small = t * self.slope(v, r) / torch.addcmul(torch.ones_like(r), r, t)
         # Saturated units driven back hard make 1 + r tanh(d) vanish: there the plain difference is exact enough.
         return torch.where(d.abs() < 1, small, torch.tanh(v + d) - r)
 
@@ -73,7 +73,7 @@ class Sigmoid(Nonlinearity):
         return torch.sigmoid(v)
 
     def slope(self, v: Tensor, r: Tensor) -> Tensor:
-        return r * (1 - r)
+        return 0.25 * Tanh().slope(0.5 * v, r)
 
     def difference(self, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
         return 0.5 * Tanh().difference(0.5 * v, torch.tanh(0.5 * v), 0.5 * d)

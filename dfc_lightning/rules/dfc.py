@@ -73,8 +73,7 @@ class DFC(LearningRule):
             )
             return Update([w * scale for w in weights], [b * scale for b in biases], settled)
         settled = self.settling.settle(chain, activity, offset, self.controller)
-        keep = settled.finite & settled.converged if drop else settled.finite
-        response = settled.response.where(keep)
+        response = settled.response.where(settled.counted(drop))
         return Update(*steady_update(chain, activity, response, self.plasticity, scale), settled)
 
 

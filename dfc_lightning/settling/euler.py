@@ -15,6 +15,8 @@ from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynapt
 from dfc_lightning.settling.dynamics import Dynamics, TimeStep
 from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
 
+Noise = Callable[[int], Tensor]
+
 
 @dataclass(frozen=True)
 class Euler(Simulation):
@@ -66,7 +68,9 @@ class Euler(Simulation):
 
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """Settle by simulation; see :class:`Settling`."""
-        return self._run(chain, activity, offset, controller, lambda dynamics: None)
+        seed = int(torch.randint(2**62, ())) if self.sigma else 0
+        noise = self._noise(seed, offset, torch.ones_like(offset[:, 0], dtype=torch.bool))
+        return self._run(chain, activity, offset, controller, lambda dynamics: None, noise)
 
     def settle_and_integrate(
         self,
@@ -79,7 +83,10 @@ class Euler(Simulation):
     ) -> tuple[Settled, Products]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
 
-        def integrate(samples: Activity, target: Tensor) -> tuple[Settled, Products]:
+        seed = int(torch.randint(2**62, ())) if self.sigma else 0  # a second run must hear the same noise
+
+        def integrate(keep: Tensor) -> tuple[Settled, Products]:
+            samples, target = activity.samples(keep), offset[keep]
             weights = [torch.zeros_like(w) for w in chain.weights]
             biases = [w.new_zeros(w.shape[0]) for w in chain.weights]
 
@@ -91,15 +98,27 @@ class Euler(Simulation):
                     w.addmm_(t.T, r)
                     b.add_(t.sum(0))
 
-            settled = self._run(chain, samples, target, controller, add)
+            settled = self._run(chain, samples, target, controller, add, self._noise(seed, offset, keep))
             mean = 1 / (self.steps + 1)
             return settled, ([w * mean for w in weights], [b * mean for b in biases])
 
-        settled, products = integrate(activity, offset)
-        keep = settled.finite & settled.converged if drop_unconverged else settled.finite
-        if not keep.all():  # the sums above hold samples that must not count: once more without them
-            products = integrate(activity.samples(keep), offset[keep])[1]
+        settled, products = integrate(torch.ones_like(offset[:, 0], dtype=torch.bool))
+        counted = settled.counted(drop_unconverged)
+        if not counted.all():  # the sums above hold samples that must not count: once more without them
+            products = integrate(counted)[1]
         return settled, products
+
+    def _noise(self, seed: int, offset: Tensor, keep: Tensor) -> Noise | None:
+        """Standard normal draws for the samples of the mask ``keep``, the same whichever these are."""
+        if not self.sigma:
+            return None
+        generator = torch.Generator(offset.device).manual_seed(seed)
+
+        def draw(width: int) -> Tensor:
+            shape = (offset.shape[0], width)
+            return torch.randn(shape, generator=generator, device=offset.device, dtype=offset.dtype)[keep]
+
+        return draw
 
     def _run(
         self,
@@ -108,13 +127,13 @@ class Euler(Simulation):
         offset: Tensor,
         controller: PIController,
         visit: Callable[[Dynamics], None],
+        noise: Noise | None,
     ) -> Settled:
         dynamics = Dynamics(chain, activity, offset, controller, self.time_step)
         kick = self.sigma * self.dt**0.5 / (self.apical_tau or self.dt)
         for _ in range(self.steps):
             dynamics.advance_control()
-            noise = torch.randn_like(dynamics.stacked_apical) * kick if kick else None
-            dynamics.advance_compartments(noise)
+            dynamics.advance_compartments(noise(sum(chain.widths)) * kick if noise else None)
             visit(dynamics)
         leakage = controller.steady_leakage
         missing = torch.linalg.vector_norm(dynamics.error - leakage * dynamics.u, dim=1)

@@ -53,6 +53,10 @@ def find_root(
     u = torch.where(torch.isfinite(start).all(1, keepdim=True), start, torch.zeros_like(start))
     value = function(u)
     residual = measure(value)
+    if not (residual <= 1).all():  # the guess is worse than none
+        u = torch.where((residual <= 1).unsqueeze(1), u, torch.zeros_like(u))
+        value = function(u)
+        residual = measure(value)
     best_u, best_residual = u, torch.where(torch.isfinite(residual), residual, torch.inf)
     steps: list[Tensor] = []
     norms: list[Tensor] = []

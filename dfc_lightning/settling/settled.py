@@ -13,6 +13,10 @@ from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.plasticity import Plasticity
 
 
+DIVERGED_BEYOND = 10.0
+"""The residual beyond which a sample counts as diverged; without control it is 1."""
+
+
 @dataclass
 class Settled:
     """A controlled network at the end of settling.
@@ -33,10 +37,17 @@ class Settled:
     converged: Tensor
     iterations: int
 
-    @property
-    def finite(self) -> Tensor:
-        """Samples with no infinity or NaN in their state, (B,) bool."""
-        return torch.isfinite(self.residual) & torch.isfinite(self.control).all(1)
+    def counted(self, drop_unconverged: bool) -> Tensor:
+        """Samples that may teach, (B,) bool: never those that have diverged.
+
+        Diverged is what holds an infinity or NaN, or has missed its steady state by ``DIVERGED_BEYOND`` times as
+        much as no control at all.
+
+        Args:
+            drop_unconverged: only those that have converged.
+        """
+        sound = (self.residual <= DIVERGED_BEYOND) & torch.isfinite(self.control).all(1)
+        return sound & self.converged if drop_unconverged else sound
 
 
 Products = tuple[list[Tensor], list[Tensor]]

@@ -20,13 +20,14 @@ class SteadyState(Settling):
     """Solve for the steady state instead of simulating the way to it.
 
     Broyden's method on each sample, from Lemma 1 and its inverse (outputs wider than ``EXACT_UP_TO``: from the
-    batch-mean inverse). Samples it leaves unsettled get Newton steps with backtracking, their own Jacobians taken
-    where they stand; where outputs are too wide for that, they stay as they are. The residual of every sample is
-    reported. A root is found whether or not the dynamics would reach it: stability (Condition 3) is not looked at.
+    batch-mean inverse). Samples it leaves unsettled follow the slow controller's own way from u = 0 in linearly
+    implicit steps, with their own Jacobians; where outputs are too wide for that, they stay as they are. The residual
+    of every sample is reported. Broyden's root is taken whether or not the dynamics would reach it: stability
+    (Condition 3) is not looked at.
 
     Args:
         rtol: relative residual ‖F(u)‖ / ‖δ_L‖ to reach.
-        max_iterations: limit on Broyden's and again on Newton's iterations.
+        max_iterations: limit on Broyden's iterations; five times as many implicit steps may follow.
     """
 
     rtol: float = 1e-5
@@ -51,9 +52,8 @@ class SteadyState(Settling):
         u, iterations = root.u, root.iterations
         if chain.widths[-1] <= EXACT_UP_TO and not root.converged.all():
             late = ~root.converged
-            u = u.clone()
-            u[late], more = self._newton(chain, activity.samples(late), offset[late], u[late], leakage)
-            iterations += more
+            found, more = self._continue(chain, activity.samples(late), offset[late], u[late], leakage)
+            u, iterations = u.index_put((late,), found), iterations + more
         # The last pass evaluated is the settled one unless some sample was taken back to an earlier point.
         at, response = latest[0]
         if not torch.equal(at, u):
@@ -61,38 +61,51 @@ class SteadyState(Settling):
         residual = relative_residual(offset, response.rates[-1], u, leakage)
         return Settled(u, response, residual, residual <= self.rtol, iterations)
 
-    def _newton(
-        self, chain: Chain, activity: Activity, offset: Tensor, u: Tensor, leakage: float
+    def _continue(
+        self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float
     ) -> tuple[Tensor, int]:
-        """Newton steps, each sample's halved until its residual falls."""
+        """Pseudo-transient continuation: linearly implicit steps of du/dt = F(u) from u = 0.
 
-        def evaluate(u: Tensor) -> tuple[Tensor, Response, Tensor]:
+        It goes the way the controller goes when it is much slower than the network, in steps h that grow as long as
+        the linearisation foretells the outcome, and end as Newton's.
+        """
+
+        def evaluate(u: Tensor) -> tuple[Tensor, Response]:
             response = chain.respond(activity, chain.apical(u))
-            value = offset - response.rates[-1] - leakage * u
-            return value, response, relative_residual(offset, response.rates[-1], u, leakage)
+            return offset - response.rates[-1] - leakage * u, response
 
-        value, response, residual = evaluate(u)
+        def norm(value: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(value, dim=1, keepdim=True)
+
+        u = torch.zeros_like(best)
+        value, response = evaluate(u)
+        size = norm(offset)
+        best_norm = norm(evaluate(best)[0])
+        rate: Tensor | None = None  # 1 / h
         iterations = 0
-        for iterations in range(1, self.max_iterations + 1):
+        while iterations < 5 * self.max_iterations:
+            iterations += 1
             gain = chain.output_gain(_slopes_at(chain, activity, response))
             gain.diagonal(dim1=1, dim2=2).add_(leakage)
+            if rate is None:
+                rate = torch.linalg.matrix_norm(gain).unsqueeze(1)
+            gain.diagonal(dim1=1, dim2=2).add_(rate)
             step = torch.linalg.solve_ex(gain, value.unsqueeze(2))[0].squeeze(2)
-            step = torch.where(torch.isfinite(step).all(1, keepdim=True), step, torch.zeros_like(step))
-            moving = residual > self.rtol
-            for _ in range(12):
-                trial = u + torch.where(moving.unsqueeze(1), step, torch.zeros_like(step))
-                trial_residual = evaluate(trial)[2]
-                better = moving & (trial_residual < residual)
-                u = torch.where(better.unsqueeze(1), trial, u)
-                moving = moving & ~better
-                if not moving.any():
-                    break
-                step = 0.5 * step
-            before = residual
-            value, response, residual = evaluate(u)
-            if not ((residual > self.rtol) & (residual < before)).any():
+            moving = norm(value) > self.rtol * size
+            trial = torch.where(moving & torch.isfinite(step).all(1, keepdim=True), u + step, u)
+            trial_value, trial_response = evaluate(trial)
+            surprise = norm(trial_value - rate * step) / norm(value)
+            forward = (step * value).sum(1, keepdim=True) > 0
+            accept = (surprise < 0.5) & forward & moving
+            u = torch.where(accept, trial, u)
+            value = torch.where(accept, trial_value, value)
+            response = trial_response.where(accept.squeeze(1), response)
+            rate = torch.where(accept, rate * torch.where(surprise < 0.1, 0.1, 0.3).to(rate), rate * 4)
+            better = norm(value) < best_norm
+            best, best_norm = torch.where(better, u, best), torch.where(better, norm(value), best_norm)
+            if not moving.any():
                 break
-        return u, iterations
+        return best, iterations
 
 
 def _slopes_at(chain: Chain, activity: Activity, response: Response) -> list[Tensor]:
