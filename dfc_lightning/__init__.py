@@ -4,7 +4,7 @@ from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.control.target import ClampedTarget, NudgedTarget
-from dfc_lightning.feedback_learning import FeedbackLearner, FeedbackLearning, Sampled
+from dfc_lightning.feedback_learning import Expected, FeedbackLearner, FeedbackLearning, Sampled
 from dfc_lightning.rules import DFA, DFC, Backprop, LearningRule, MinimumNorm
 
 try:
@@ -23,6 +23,7 @@ __all__ = [
     "ControlError",
     "ControlledNetwork",
     "DFCStrategy",
+    "Expected",
     "FeedbackLearner",
     "FeedbackLearning",
     "LearningRule",

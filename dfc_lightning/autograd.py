@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
+from dfc_lightning.control.checks import ControlError, require
 from dfc_lightning.control.points import ControlPoint
 
 LossReduction = Literal["mean", "sum"]
@@ -52,6 +52,7 @@ class Lesson:
         self.update: Any = None
         self._points: Sequence[ControlPoint] = ()
         self._scale: Tensor | None = None
+        self._versions: list[int] = []
 
     def watch(self, loss: Tensor) -> None:
         """Name the loss, so that what scales it later does not scale the target stepsize.
@@ -84,12 +85,18 @@ class Lesson:
         self.activity, self.chain, self._points = activity, chain, points
         if not torch.is_grad_enabled():
             return output
+        self._versions = _versions(activity, chain)
         return _Gate.apply(self, output.detach(), *(p for point in points for p in point.parameters))
 
     def teach(self, output_grad: Tensor) -> list[Tensor]:
         """Gradients of the network's parameters for dL/dr_L, (B, n_L)."""
         activity, chain = self.activity, self.chain
         assert activity is not None and chain is not None
+        if _versions(activity, chain) != self._versions:
+            raise ControlError(
+                "The network's input, rates or weights were modified in place between its forward pass and backward(). "
+                "Step the optimizer after backward(), and clone() what is to be changed."
+            )
         dtype = activity.output.dtype
         scale = output_grad.new_ones((), dtype=dtype) if self._scale is None else self._scale.to(dtype)
         grad = output_grad.to(dtype)
@@ -107,13 +114,18 @@ class Lesson:
         return gradients
 
 
+def _versions(activity: Activity, chain: Chain) -> list[int]:
+    """How often what the update is made of has been modified in place; autograd would guard it likewise."""
+    return [t._version for t in (*activity.presynaptic(), *activity.v, *chain.weights)]
+
+
 class _Gate(torch.autograd.Function):
     """Identity on the output; its backward hands the rule's update to the parameters."""
 
     @staticmethod
     def forward(ctx: Any, lesson: Lesson, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.lesson = lesson
-        return output.view_as(output)
+        return output.clone()  # a view could not be worked on in place, and would share the activity's memory
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -14,9 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
 
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
-import dfc_lightning.data
-import dfc_lightning.models
-import dfc_lightning.settling
+from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.control.checks import ControlError
 
 _EXTRA = 'pip install "dfc_lightning[recipes]"'
@@ -34,7 +32,7 @@ class RecipeParser(LightningArgumentParser):
             super().error(message, ex)
         command = getattr(ex, "subcommand_parser", None) or self
         program = command.prog.replace(" [options]", "")
-        self.exit(2, f"error: {message}\ntip: {program} --help lists the options.\n")
+        self.exit(2, f"error: {_without_branches(message)}\ntip: {program} --help lists the options.\n")
 
 
 class RecipeCLI(LightningCLI):
@@ -48,7 +46,6 @@ class RecipeCLI(LightningCLI):
         self._failure: Exception | None = None
         super().__init__(
             pl.LightningModule,
-            pl.LightningDataModule,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={"prog": "dfc", "description": "Train by Deep Feedback Control and other learning rules."},
@@ -94,24 +91,32 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the checkpoint of the best validation epoch, or else the final weights."""
-        sources = [source for source in (self.datamodule, self.model) if source is not None]
-        if not is_overridden("test_step", self.model) or not any(
-            is_overridden("test_dataloader", source, parent)
-            for source, parent in zip(sources, (pl.LightningDataModule, pl.LightningModule)[-len(sources) :])
-        ):
+        loaders = [source for source in (self.datamodule, self.model) if is_overridden("test_dataloader", source)]
+        if not loaders or not is_overridden("test_step", self.model):
             return
         best = _best_checkpoint(self.trainer)
-        path = best.best_model_path if best is not None else None
+        path = None if best is None else best.best_model_path
         results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
         if not self.trainer.is_global_zero or not results or not results[0]:
             return
         figures, when = results[0], "final weights"
-        if best is not None and best.best_model_score is not None:
+        if best is not None and path is not None and best.best_model_score is not None:
             epoch = self.trainer.strategy.checkpoint_io.load_checkpoint(path)["epoch"]
             when = f"best validation epoch {epoch}, {best.monitor} {float(best.best_model_score):.4g}"
             headline = str(best.monitor).replace("val", "test", 1)
             figures = {headline: figures[headline]} if headline in figures else figures
         print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()), f"({when})")
+
+
+def _without_branches(message: str) -> str:
+    """Shorten a report on every branch of nested unions to the option and the reason, where these are plain."""
+    options = re.findall(r'Parser key "([^"]+)"', message)
+    scaffold = (
+        r"$|Parser key|Does not validate|Subtypes:|Errors:|Problem with given|Given value|Expected a <class '\w+'>$"
+    )
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    reasons = list(dict.fromkeys(line for line in lines if not re.match(scaffold, line)))
+    return f"--{'.'.join(options)}: {'; '.join(reasons)}" if options and 1 <= len(reasons) <= 2 else message
 
 
 def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:

@@ -45,9 +45,7 @@ class Golden:
         hidden = Identity() if self.meta["spec"]["act"] == "linear" else Tanh()
         last = torch.eye(self.sizes[-1], dtype=torch.float64)  # where the reference has no Q_L (its DFA)
         feedback = [self[f"Q{i}"] if f"Q{i}" in self.arrays else last for i in range(1, self.depth + 1)]
-        self.chain = Chain(
-            self.layers("W"), self.layers("b"), [hidden] * (self.depth - 1) + [Identity()], feedback
-        )
+        self.chain = Chain(self.layers("W"), self.layers("b"), [hidden] * (self.depth - 1) + [Identity()], feedback)
 
     def __getitem__(self, key: str) -> Tensor:
         return torch.as_tensor(self.arrays[key])

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dfc_lightning import DFC, ControlledNetwork, DFCStrategy, FeedbackLearner, FeedbackLearning, Sampled
 
 BATCHES, BATCH = 5, 8
+NO_FEEDBACK = FeedbackLearning(initial_passes=0, passes_per_epoch=0)
 SHORT = Sampled(steps=4)
 LEARNING = FeedbackLearning(method=SHORT, initial_passes=1, passes_per_epoch=1)
 
@@ -41,7 +42,9 @@ class Innocent(L.LightningModule):
         self.save_hyperparameters()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+            self.net = nn.Sequential(
+                nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)
+            )
         self.accuracy, self.val_accuracy = MulticlassAccuracy(3), MulticlassAccuracy(3)
         self.samples = SumMetric()
         self.calls = 0
@@ -147,10 +150,17 @@ def differing(a: Any, b: Any, at: str = "") -> list[str]:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
-        return [f"{at}/{k}" for k in a.keys() ^ b.keys()] + [d for k in a.keys() & b.keys() for d in differing(a[k], b[k], f"{at}/{k}")]
+        return [f"{at}/{k}" for k in a.keys() ^ b.keys()] + [
+            d for k in a.keys() & b.keys() for d in differing(a[k], b[k], f"{at}/{k}")
+        ]
     return [] if a == b else [at]
 
 
 def untouched(module: nn.Module) -> bool:
     """Whether no hook is left on the module or on anything in it."""
     return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+
+
+def weights(module: nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])

@@ -14,9 +14,7 @@ IMAGES = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
 
 
 def small_student_teacher(seed=0):
-    return StudentTeacher(
-        teacher_hidden_sizes=(20, 20), train_size=50, validation_size=20, test_size=30, seed=seed
-    )
+    return StudentTeacher(teacher_hidden_sizes=(20, 20), train_size=50, validation_size=20, test_size=30, seed=seed)
 
 
 def write_idx(path, values):

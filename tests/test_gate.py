@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import ARCHITECTURES, Chained, batch, by_autograd, flat, made, taught
+from cases import close, degrees
 from torch import Tensor, nn
 
-from cases import close, degrees
 from dfc_lightning import DFA, DFC, Backprop, ControlError, ControlledNetwork, MinimumNorm, PIController
 from dfc_lightning.settling import Euler, Linearized, SteadyState
 
@@ -18,116 +16,8 @@ EXACT = PIController(alpha=0.0)
 SETTLINGS = {"steady_state": SteadyState(), "linearized": Linearized()}
 
 
-class Functional(nn.Module):
-    """Layers registered in another order than called, nonlinearities as functions."""
-
-    def __init__(self, phi: Callable[[Tensor], Tensor], bias: bool = True) -> None:
-        super().__init__()
-        self.phi = phi
-        self.last = nn.Linear(4, 3, bias=bias)
-        self.first = nn.Linear(6, 5, bias=bias)
-        self.middle = nn.Linear(5, 4, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.phi(self.middle(self.phi(self.first(x)))))
-
-
-class Chained(nn.Sequential):
-    """Linear layers with a module between each two."""
-
-    def __init__(self, phi: Callable[[], nn.Module], *last: nn.Module) -> None:
-        super().__init__(nn.Linear(6, 5), phi(), nn.Linear(5, 4), phi(), nn.Linear(4, 3), *last)
-
-
-class ByName(Chained):
-    """Passes the input of its layers by name."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self:
-            x = module(input=x)
-        return x
-
-
-def frozen(index: int) -> nn.Module:
-    net = Chained(nn.Tanh)
-    net[index].requires_grad_(False)
-    return net
-
-
-def frozen_bias() -> nn.Module:
-    net = Chained(nn.Tanh)
-    net[2].bias.requires_grad_(False)
-    return net
-
-
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "one layer": lambda: nn.Linear(6, 3),
-    "nested": lambda: nn.Sequential(
-        nn.Flatten(), nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Sequential(nn.Sequential(nn.Linear(5, 3)))
-    ),
-    "functional tanh": lambda: Functional(torch.tanh),
-    "functional relu": lambda: Functional(F.relu),
-    "method sigmoid": lambda: Functional(lambda v: v.sigmoid()),
-    "x sigmoid(x)": lambda: Functional(lambda v: v * torch.sigmoid(v)),
-    "where": lambda: Functional(lambda v: torch.where(v > 0, v, 0.1 * v)),
-    "shifted": lambda: Functional(lambda v: 2 - torch.exp(-(v**2)) / 3),
-    "leaky_relu with a slope": lambda: Functional(lambda v: F.leaky_relu(v, negative_slope=0.3)),
-    "linear": lambda: Functional(lambda v: v),
-    "no bias": lambda: Functional(torch.tanh, bias=False),
-    "in-place method": lambda: Functional(lambda v: v.tanh_()),
-    "in-place function": lambda: Functional(lambda v: F.relu(v, inplace=True)),
-    "in-place relu": lambda: Chained(lambda: nn.ReLU(inplace=True)),
-    "in-place leaky_relu": lambda: Chained(lambda: nn.LeakyReLU(0.2, inplace=True)),
-    "in-place elu": lambda: Chained(lambda: nn.ELU(inplace=True)),
-    "elu": lambda: Chained(nn.ELU),
-    "gelu": lambda: Chained(nn.GELU),
-    "silu": lambda: Chained(nn.SiLU),
-    "softplus": lambda: Chained(nn.Softplus),
-    "hardtanh": lambda: Chained(nn.Hardtanh),
-    "softsign": lambda: Chained(nn.Softsign),
-    "identity": lambda: Chained(nn.Identity),
-    "two in a row": lambda: Chained(lambda: nn.Sequential(nn.Tanh(), nn.Softplus())),
-    "by name": lambda: ByName(nn.Tanh),
-    "log_softmax last": lambda: Chained(nn.Tanh, nn.LogSoftmax(1)),
-    "softmax last": lambda: Chained(nn.Tanh, nn.Softmax(1)),
-    "tanh last": lambda: Chained(nn.Tanh, nn.Tanh()),
-    "frozen first layer": lambda: frozen(0),
-    "frozen last layer": lambda: frozen(4),
-    "frozen bias": frozen_bias,
-}
-
-
-def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return ARCHITECTURES[name]().to(dtype)
-
-
-def batch(size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(size, 6, generator=g).to(dtype), torch.randint(3, (size,), generator=g)
-
-
 def grads(module: nn.Module) -> list[Tensor | None]:
     return [p.grad for p in module.parameters()]
-
-
-def flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-
-
-def by_autograd(module: nn.Module, x: Tensor, y: Tensor, loss=F.cross_entropy) -> nn.Module:
-    twin = copy.deepcopy(module)
-    loss(twin(x), y).backward()
-    return twin
-
-
-def taught(module: nn.Module, rule, x: Tensor, y: Tensor, loss=F.cross_entropy, **options) -> nn.Module:
-    module.zero_grad()
-    net = ControlledNetwork(module, **options)
-    with net.taught_by(rule):
-        value = loss(net(x), y)
-    value.backward()
-    return module
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -209,7 +99,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
     def test_an_overflow_reaches_every_grad_so_that_a_scaler_skips(self, rule, poison):
-        (x, y), module = batch(), made("functional tanh")
+        (x, _), module = batch(), made("functional tanh")
         net = ControlledNetwork(module, seed=0)
         with net.taught_by(rule):
             output = net(x)
@@ -224,6 +114,24 @@ def test_without_the_batch_mean_undone_the_target_would_depend_on_the_batch_size
     (x, y), module = batch(), made("functional tanh")
     small, large = (flat(taught(module, DFC(target_stepsize=s, controller=EXACT), x, y)) for s in (0.1, 0.8))
     assert degrees(small, large) > 0.1
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_torchs_grad_scaler_steps_as_if_it_were_not_there_and_skips_an_overflow(overflow):
+    (x, y), plain, scaled = batch(), made("functional tanh"), made("functional tanh")
+    torch.optim.SGD(taught(plain, DFC(), x, y).parameters(), 0.1).step()
+    optimizer, scaler = torch.optim.SGD(scaled.parameters(), 0.1), torch.amp.GradScaler("cpu")
+    net = ControlledNetwork(scaled)
+    with net.taught_by(DFC()) as lesson:
+        loss = F.cross_entropy(net(x), y) * (torch.inf if overflow else 1.0)
+    lesson.watch(loss)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    end, start = torch.cat([p.detach().flatten() for p in scaled.parameters()]), made("functional tanh")
+    expected = torch.cat([p.detach().flatten() for p in (start if overflow else plain).parameters()])
+    assert torch.equal(end, expected) if overflow else close(end, expected, 1e-12)
+    assert scaler.get_scale() == 65536 * (0.5 if overflow else 1)
 
 
 def test_clipping_bounds_the_norm():
@@ -276,8 +184,8 @@ def test_no_error_travels_through_forward_weights(rule):
     assert degrees(flat(by_autograd(module, x, y)), flat(module)) > 10
 
 
-def test_the_input_gets_no_gradient_and_the_output_keeps_its_value():
-    module, (x, y) = made("functional tanh"), batch()
+def test_the_output_keeps_its_value():
+    module, (x, _) = made("functional tanh"), batch()
     net = ControlledNetwork(module)
     with net.taught_by(DFC()):
         output = net(x)
@@ -292,6 +200,27 @@ def test_an_input_that_wants_a_gradient_is_an_error():
         module["head"](module["encoder"](torch.randn(4, 6)))
     with net.taught_by(DFC()):
         module["head"](module["encoder"](torch.randn(4, 6)).detach())
+
+
+@pytest.mark.parametrize("change", ["input", "weight"])
+def test_changes_in_place_before_backward_are_refused_as_by_autograd(change):
+    module, (x, y) = made("functional tanh"), batch()
+    net = ControlledNetwork(module)
+    with net.taught_by(DFC()):
+        loss = F.cross_entropy(net(x), y)
+    with torch.no_grad():
+        (x if change == "input" else module.last.weight).zero_()
+    with pytest.raises(ControlError, match="modified in place.*after backward"):
+        loss.backward()
+
+
+def test_the_loss_may_work_on_the_output_in_place():
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        output[:, 0] = 0
+        return F.cross_entropy(output.div_(2), y)
+
+    module, (x, y) = made("functional tanh"), batch()
+    assert close(flat(taught(module, Backprop(), x, y, loss)), flat(by_autograd(module, x, y, loss)), 1e-12)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

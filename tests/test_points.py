@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from dfc_lightning import DFC, ControlError, ControlledNetwork, DFCStrategy, FeedbackLearning, MinimumNorm
-from dfc_lightning import NudgedTarget, PIController, Sampled
+from dfc_lightning import (
+    DFC,
+    ControlError,
+    ControlledNetwork,
+    DFCStrategy,
+    FeedbackLearning,
+    MinimumNorm,
+    NudgedTarget,
+    PIController,
+    Sampled,
+)
 from dfc_lightning.settling import Euler, Linearized, SteadyState
 
 

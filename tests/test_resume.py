@@ -13,10 +13,22 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_cases import (
+    BATCH,
+    BATCHES,
+    LEARNING,
+    SHORT,
+    Innocent,
+    clusters,
+    differing,
+    loader,
+    quiet,
+    saver,
+    strategy,
+)
 from torch.utils.data import Dataset
 
 from dfc_lightning import DFCStrategy, FeedbackLearning
-from lightning_cases import BATCH, BATCHES, LEARNING, SHORT, Innocent, differing, clusters, loader, quiet, saver, strategy
 
 EPOCHS = 3
 PASS = BATCHES  # training_step is called once a batch, in feedback passes too
@@ -58,11 +70,22 @@ def state(trainer: L.Trainer, module: Innocent) -> dict[str, Any]:
     }
 
 
-def run(ckpt_path=None, at_call=None, callbacks=(), data=None, val=False, learning=LEARNING, seed=7, **settings):
-    module = Innocent()
+def run(
+    ckpt_path=None,
+    at_call=None,
+    callbacks=(),
+    data=None,
+    val=False,
+    learning=LEARNING,
+    seed=7,
+    feedback_init=None,
+    module=None,
+    **settings,
+):
+    module = module or Innocent()
     if at_call is not None:
         module.at_call = at_call
-    s = strategy(feedback=learning, seed=seed)
+    s = strategy(feedback=learning, seed=seed, feedback_init=feedback_init)
     trainer = quiet(s, **(dict(max_epochs=EPOCHS, callbacks=list(callbacks)) | settings))
     loaders = data if data is not None else loader()
     trainer.fit(module, loaders, loader(clusters(16, 5)) if val else None, ckpt_path=ckpt_path)
@@ -104,7 +127,9 @@ def test_raised_in_a_step(where, straight, tmp_path):
     assert not differing(run(path), straight)
 
 
-@pytest.mark.parametrize("where", ["within the initial pass", "within the second epoch's pass", "within the second epoch"])
+@pytest.mark.parametrize(
+    "where", ["within the initial pass", "within the second epoch's pass", "within the second epoch"]
+)
 def test_interrupted_twice(where, straight, tmp_path):
     path = interrupted(tmp_path, at_call=raise_at(POINTS[where]))
     again = interrupted(tmp_path / "again", ckpt_path=path, at_call=raise_at(1))
@@ -117,6 +142,47 @@ def test_terminated_in_a_feedback_pass(where, straight, tmp_path):
     saved = torch.load(path, weights_only=True)["dfc_lightning"]["stages"]
     assert saved["batches"] == POINTS[where] % PASS + 1  # the step under way was finished, and no more
     assert not differing(run(path), straight)
+
+
+SETTINGS = {
+    "accumulation": {"accumulate_grad_batches": 2},
+    "limit": {"limit_train_batches": 4},
+    "validation within epochs": {"val": True, "val_check_interval": 2},
+    "step limit": {"max_epochs": -1, "max_steps": 12},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("call", [2, 7, 12, 22])
+def test_with_settings_of_the_trainer(name, call, tmp_path):
+    settings = SETTINGS[name]
+    path = interrupted(tmp_path, at_call=raise_at(call), **settings)
+    assert not differing(run(path, **settings), run(**settings))
+
+
+@pytest.mark.parametrize("call", [3, 2 * PASS + 3, 3 * PASS + 2])
+def test_with_feedback_from_jacobians(call, tmp_path):
+    path = interrupted(tmp_path, at_call=raise_at(call), feedback_init="jacobian")
+    assert not differing(run(path, feedback_init="jacobian"), run(feedback_init="jacobian"))
+
+
+def test_noise_in_the_step_depends_on_the_pass_and_the_step_alone(tmp_path):
+    learning = FeedbackLearning(method=SHORT, initial_passes=2, passes_per_epoch=0)
+
+    def noisy(fail_at: int | None):
+        def act(call: int) -> None:
+            raise_at(fail_at)(call)
+            module.net[0].bias.data.copy_(0.1 * torch.randn(12))
+
+        module = Innocent()
+        module.at_call = act
+        return module
+
+    whole = run(module=noisy(None), learning=learning, max_epochs=1)
+    path = interrupted(tmp_path, module=noisy(7), learning=learning)
+    torch.manual_seed(1234)
+    resumed = run(path, module=noisy(None), learning=learning, max_epochs=1)
+    assert not differing(resumed["feedback"], whole["feedback"])
 
 
 class Fragile(Dataset):
@@ -161,8 +227,12 @@ HOOKS = ("on_train_epoch_end", "on_validation_start", "on_validation_epoch_end")
 def test_raised_between_epochs(hook, straight, tmp_path):
     path = interrupted(tmp_path, callbacks=[Raises(hook)], val=True)
     resumed = run(path, val=True)
-    assert not differing(resumed["feedback"], straight["feedback"]) and not differing(resumed["learner"], straight["learner"])
-    assert not differing(parameters(resumed), parameters(straight)) and not differing(resumed["optimizer"]["state"], straight["optimizer"]["state"])
+    assert not differing(resumed["feedback"], straight["feedback"]) and not differing(
+        resumed["learner"], straight["learner"]
+    )
+    assert not differing(parameters(resumed), parameters(straight)) and not differing(
+        resumed["optimizer"]["state"], straight["optimizer"]["state"]
+    )
 
 
 def parameters(found: dict[str, Any]) -> dict[str, Any]:

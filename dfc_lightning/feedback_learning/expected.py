@@ -13,6 +13,7 @@ response of the output to a pulse in J_k n_k, the response of u to the noise of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,14 +57,18 @@ class Expected(Sampled):
         last = self.sigma if self.sigma_output is None else self.sigma_output
         variances = [(s * self.dt**0.5 / self.apical_tau) ** 2 for s in [self.sigma] * (chain.depth - 1) + [last]]
         flat = responses.flatten(1)
+        batch, n = responses.shape[1:3]
+
+        def over_time(weights: Tensor) -> Tensor:
+            return (weights.to(flat) @ flat).view(-1, batch, n, n)
+
         both = torch.zeros_like(responses[0])
         crosses = []
         for k, (jacobian, variance) in enumerate(zip(jacobians, variances), start=1):
-            pairs, singles = self._weights(chain.depth - k + 1, variance, responses)
-            partner = (pairs @ flat).view_as(responses)
-            spread = responses @ (jacobian @ jacobian.mT)
-            both += torch.einsum("tbij,tbkj->bik", spread, partner)
-            crosses.append((singles @ flat).view_as(both).mT)
+            left, right, single = _time_weights(self, chain.depth - k + 1, torch.finfo(flat.dtype).eps)
+            spread = over_time(left) @ (variance * jacobian @ jacobian.mT)
+            both += _side_by_side(spread) @ _side_by_side(over_time(right)).mT
+            crosses.append(variance * over_time(single)[0].mT)
         scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
         mean = both.sum(0)
         return [
@@ -97,29 +102,37 @@ class Expected(Sampled):
             error = -layers[-1]
         return responses
 
-    def _weights(self, filters: int, variance: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The scalar weights of the sums over time, (T + 1, T + 1) and (T + 1,), as applied to H.
 
-        Args:
-            filters: somatic filters between the layer's noise and the output, L − k + 1.
-            variance: σ̃_k².
-            like: tells dtype and device.
-        """
-        steps, step = self.steps, self.time_step
-        apical = step.dt / self.apical_tau
-        somatic = 1.0 if step.instant_system else step.dt / step.tau_ratio
-        lags = torch.arange(steps + 1, dtype=torch.float64)
-        remembered = torch.where(lags >= 1, (1 - apical) ** (lags - 1).clamp_min(0), torch.zeros_like(lags))
-        soma = _convolution(somatic * (1 - somatic) ** lags if somatic < 1 else (lags == 0).double())
-        pulse = remembered
-        for _ in range(filters):
-            pulse = soma @ pulse
-        to_control = _convolution(pulse)  # f_k ∗
-        to_heard = _convolution(apical * remembered) @ to_control  # g ∗ f_k ∗
-        count = (steps - lags[:-1]).unsqueeze(1)
-        pairs = to_heard[:-1].T @ (count * to_control[1:])
-        singles = (count.squeeze(1) * remembered[:-1]) @ to_control[1:]
-        return (variance * pairs).to(like), (variance * singles).to(like)
+@lru_cache(maxsize=64)
+def _time_weights(method: Expected, filters: int, accuracy: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The scalar weights of the sums over time, as applied to H, for noise ``filters`` somata from the output.
+
+    The double sum's (T + 1) × (T + 1) weights come as ``left``ᵀ ``right`` with the R rows that ``accuracy`` needs.
+
+    Returns:
+        ``left`` and ``right``, (R, T + 1), and the weights of the single sum, (1, T + 1), in float64.
+    """
+    steps, step = method.steps, method.time_step
+    apical = step.dt / method.apical_tau
+    somatic = 1.0 if step.instant_system else step.dt / step.tau_ratio
+    lags = torch.arange(steps + 1, dtype=torch.float64)
+    remembered = torch.where(lags >= 1, (1 - apical) ** (lags - 1).clamp_min(0), torch.zeros_like(lags))
+    soma = _convolution(somatic * (1 - somatic) ** lags if somatic < 1 else (lags == 0).double())
+    pulse = remembered
+    for _ in range(filters):
+        pulse = soma @ pulse
+    to_control = _convolution(pulse)  # f_k ∗
+    to_heard = _convolution(apical * remembered) @ to_control  # g ∗ f_k ∗
+    count = steps - lags[:-1]
+    u, s, vh = torch.linalg.svd(to_heard[:-1].T @ (count.unsqueeze(1) * to_control[1:]))
+    rank = int((s > accuracy * s[0]).sum())
+    single = (count * remembered[:-1]) @ to_control[1:]
+    return (u[:, :rank] * s[:rank]).T.contiguous(), vh[:rank].contiguous(), single.unsqueeze(0)
+
+
+def _side_by_side(matrices: Tensor) -> Tensor:
+    """(R, B, n, n) matrices as B rows of R blocks, (B, n, R n)."""
+    return matrices.permute(1, 2, 0, 3).flatten(2)
 
 
 def _convolution(taps: Tensor) -> Tensor:

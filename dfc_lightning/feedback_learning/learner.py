@@ -11,7 +11,8 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.network import ControlledNetwork
-from dfc_lightning.feedback_learning.sampled import Sampled
+from dfc_lightning.feedback_learning.expected import Expected
+from dfc_lightning.feedback_learning.sampled import FeedbackMethod
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FeedbackLearning:
         train_output: let Q_L learn too; else it stays the identity.
     """
 
-    method: Sampled = field(default_factory=Sampled)
+    method: FeedbackMethod = field(default_factory=Expected)
     initial_passes: int = 1
     passes_per_epoch: int = 1
     every_n_batches: int = 0

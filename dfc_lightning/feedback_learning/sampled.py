@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +18,22 @@ Noise = Callable[[tuple[int, int]], Tensor]
 """A source of standard normal draws of the shape (B, Σ n_i) it is asked for."""
 
 
+class FeedbackMethod(ABC):
+    """How the gradient of the feedback weights is had."""
+
+    @abstractmethod
+    def gradient(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
+        """The gradient for each Q_i, (n_i, n_L), to be descended.
+
+        Args:
+            chain: the controlled chain.
+            activity: its feedforward activity.
+            noise: source of standard normal draws.
+        """
+
+
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(FeedbackMethod):
     """dQ_i/dt ∝ −v_i^fb uᵀ, with the network's own output for a target and noise in the apical compartments.
 
     An Euler-Maruyama simulation; the control is not proactive. With its L2 decay in the optimizer, Theorem 6 has

@@ -82,7 +82,6 @@ class Euler(Simulation):
         drop_unconverged: bool,
     ) -> tuple[Settled, Products]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
-
         seed = int(torch.randint(2**62, ())) if self.sigma else 0  # a second run must hear the same noise
 
         def integrate(keep: Tensor) -> tuple[Settled, Products]:

@@ -12,7 +12,6 @@ from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.plasticity import Plasticity
 
-
 DIVERGED_BEYOND = 10.0
 """The residual beyond which a sample counts as diverged; without control it is 1."""
 

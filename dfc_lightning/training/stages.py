@@ -97,7 +97,9 @@ class FeedbackStages:
                         break
                     if index < progress.batches:
                         continue  # done before the interruption
-                    log(self.learn(batch, index, initial))
+                    with self._own_randomness(index + 1):
+                        metrics = self.learn(batch, index, initial)
+                    log(metrics)
                     progress.batches += 1
                     advance()
                     if trainer.received_sigterm:
@@ -107,10 +109,14 @@ class FeedbackStages:
         progress.passes = 0
 
     @contextlib.contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Shuffling and augmentation that depend on the pass alone, and leave the user's generators as they were."""
+    def _own_randomness(self, step: int = 0) -> Iterator[None]:
+        """Randomness that depends on the pass and ``step`` alone, and leaves the generators outside as they were.
+
+        Shuffling and augmentation of the data have one such stream (0), and each step its own, so that a pass
+        resumed after k steps goes on as if it had made them.
+        """
         with isolate_rng():
-            seed = (self.seed + self.progress.total_passes) % 2**64
+            seed = (self.seed + self.progress.total_passes + step * 0x9E3779B97F4A7C15) % 2**64
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)

@@ -112,8 +112,7 @@ class DFCStrategy(SingleDeviceStrategy):
         assert module is not None
         another, self._trainer = self._trainer is not trainer, trainer
         if self.network is None or self.network.module is not module:
-            self.network = ControlledNetwork(module, self.network_name, self.feedback_init, self.seed)
-            self._set_up_feedback(self.network)
+            self._take_control(module)
         elif another and self.stages is not None:
             self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
@@ -134,6 +133,10 @@ class DFCStrategy(SingleDeviceStrategy):
             )
         ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
 
+    def _take_control(self, module: pl.LightningModule) -> None:
+        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, self.seed)
+        self._set_up_feedback(self.network)
+
     def _set_up_feedback(self, network: ControlledNetwork) -> None:
         self.learner = self.stages = None
         if self.learning is not None:
@@ -142,12 +145,15 @@ class DFCStrategy(SingleDeviceStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        super().setup_optimizers(trainer)
-        if len(self.optimizers) != 1:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:  # Lightning's own remedy is manual optimization, which is none here
+            if "multiple optimizers" not in str(error):
+                raise
             raise ControlError(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers. Feedback control works with one; "
-                "put the parameters into one optimizer, in groups if their settings differ."
-            )
+                "configure_optimizers returned several optimizers. Feedback control works with one; put the parameters "
+                "into one optimizer, in groups if their settings differ."
+            ) from error
 
     @override
     def on_train_start(self) -> None:
@@ -264,6 +270,8 @@ class DFCStrategy(SingleDeviceStrategy):
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:
+            assert self.lightning_module is not None
+            self._take_control(self.lightning_module)
             rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
             return
         assert self.network is not None
