@@ -40,10 +40,10 @@ class FeedbackLearning:
     passes_per_epoch: int = 1
     every_n_batches: int = 0
     initial_lr: float | None = None
-    lr: float = 1e-3
+    lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 1e-3
+    weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     train_output: bool = True
 
