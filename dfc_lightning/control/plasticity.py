@@ -26,13 +26,14 @@ def postsynaptic(chain: Chain, activity: Activity, response: Response, plasticit
         return list(response.driven)
     if plasticity == "derivative":
         return [slope * drive for slope, drive in zip(activity.slopes, response.driven)]
-    found = []
-    for i, (phi, v) in enumerate(zip(chain.nonlinearities, activity.v)):
-        if i == 0:  # nothing upstream of the first layer moves: v_1^ff is the feedforward voltage
-            found.append(response.rates[0])
-            continue
-        at = v + response.basal[i]
-        found.append(phi.difference(at, phi(at), response.driven[i]))
+    found = [response.rates[0]]  # nothing upstream of the first layer moves: v_1^ff is the feedforward voltage
+    for i in range(1, chain.depth):
+        phi, v, r, slope = chain.nonlinearities[i], activity.v[i], activity.r[i], activity.slopes[i]
+        if response.delayed:
+            at = v + response.basal[i]
+            found.append(phi.difference(at, phi(at), response.driven[i]))
+        else:
+            found.append(response.rates[i] - phi.difference(v, r, response.basal[i], slope))
     return found
 
 

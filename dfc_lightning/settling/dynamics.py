@@ -98,8 +98,7 @@ class Dynamics:
             self.stacked_apical = torch.lerp(self.stacked_apical, drive, step.dt / step.apical_tau)
         if noise is not None:
             self.stacked_apical = self.stacked_apical + noise
-        instant = step.instant_transmission or step.instant_system
-        upstream = self.rates if instant else list(self.rates)
+        upstream = self.rates if self._instant else list(self.rates)
         for i, apical in enumerate(self.stacked_apical.split(self.chain.widths, dim=1)):
             if i:
                 self.basal[i] = upstream[i - 1] @ self.chain.weights[i].T
@@ -108,8 +107,12 @@ class Dynamics:
                 target if step.instant_system else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
             )
             self.rates[i] = self.chain.nonlinearities[i].difference(
-                self.activity.v[i], self.activity.r[i], self.somatic[i]
+                self.activity.v[i], self.activity.r[i], self.somatic[i], self.activity.slopes[i]
             )
+
+    @property
+    def _instant(self) -> bool:
+        return self.step.instant_transmission or self.step.instant_system
 
     @property
     def driven(self) -> list[Tensor]:
@@ -119,7 +122,7 @@ class Dynamics:
     def response(self) -> Response:
         """The present state, with each basal voltage that of the present rates upstream."""
         basal = [self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)]
-        return Response(basal, self.driven, list(self.rates))
+        return Response(basal, self.driven, list(self.rates), delayed=not self._instant)
 
     def trail(self) -> Response:
         """The present state, with each basal voltage as it was used in this step."""

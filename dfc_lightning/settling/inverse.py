@@ -1,37 +1,42 @@
-"""Solving with JQ + α̃ I: exactly for each sample, or with one matrix for the whole batch."""
+"""First guesses of (JQ + α̃ I)⁻¹: each sample's own, or one for the whole batch."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.settling.root import DenseInverse, Inverse, StoredSteps
 
-EXACT_UP_TO = 64
-"""Widest output for which each sample's own n_L × n_L matrix is factorised.
+OWN_UP_TO = 6
+"""Widest output for which a solve begins with each sample's own matrix.
 
-Beyond it the factors outweigh the network, and batched LU of matrices wider than 128 has been seen to return
-wrong results on multi-threaded CPUs."""
+Its n_L columns ride through the network with the batch: from here on a few more iterations from the batch-mean
+matrix cost less."""
+
+DENSE_UP_TO = 64
+"""Widest output for which an n_L × n_L matrix is held for each sample.
+
+Beyond it the matrices outweigh the network, and batched LU of matrices wider than 128 has been seen to return wrong
+results on multi-threaded CPUs."""
 
 
-def control_inverse(chain: Chain, activity: Activity, leakage: float) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """A function y ↦ (JQ + α̃ I)⁻¹ y for y of shape (B, n_L), and whether it is exact.
+def own_inverse(chain: Chain, activity: Activity, leakage: float) -> DenseInverse:
+    """(JQ + α̃ I)⁻¹ of each sample at the feedforward state. A singular matrix gives infinities, not an exception."""
+    return DenseInverse(_inverted(chain.output_gain(activity.slopes), leakage))
 
-    Up to ``EXACT_UP_TO`` outputs it is each sample's own inverse at the feedforward state. For wider outputs it is
-    the mean-field one: the K recursion with batch-mean slopes, one matrix for all samples. A singular matrix is
-    answered with infinities, not an exception.
-    """
-    exact = chain.widths[-1] <= EXACT_UP_TO
-    slopes = activity.slopes if exact else [d.mean(0, keepdim=True) for d in activity.slopes]
+
+def mean_field_inverse(chain: Chain, activity: Activity, leakage: float) -> Inverse:
+    """The same with batch-mean slopes: one matrix for all samples, almost free."""
+    slopes = [d.mean(0, keepdim=True) for d in activity.slopes]
     gain = chain.output_gain(slopes)
+    if chain.widths[-1] <= DENSE_UP_TO:
+        return DenseInverse(_inverted(gain, leakage))
     gain.diagonal(dim1=1, dim2=2).add_(leakage)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(gain)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(gain[0])
+    return StoredSteps(lambda y: torch.linalg.lu_solve(factors, pivots, y.T).T)
 
-    def solve(y: Tensor) -> Tensor:
-        if exact:
-            return torch.linalg.lu_solve(factors, pivots, y.unsqueeze(2)).squeeze(2)
-        return torch.linalg.lu_solve(factors[0], pivots[0], y.T).T
 
-    return solve, exact
+def _inverted(gain: Tensor, leakage: float) -> Tensor:
+    gain.diagonal(dim1=1, dim2=2).add_(leakage)
+    return torch.linalg.inv_ex(gain)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,63 +21,115 @@ class Root(NamedTuple):
     iterations: int
 
 
+class Inverse(Protocol):
+    """An approximate inverse of −F' that learns from the steps taken."""
+
+    def step(self, value: Tensor) -> Tensor:
+        """The quasi-Newton step for F(u) = ``value``, (B, n)."""
+
+    def learn(self, step: Tensor, change: Tensor) -> None:
+        """Take into account that ``step`` has changed F by ``change``."""
+
+
+class DenseInverse:
+    """Holds the inverse as a matrix a sample, (B, n, n), and corrects it by the Sherman-Morrison formula.
+
+    Args:
+        matrix: the first guess, (B, n, n), or (1, n, n) for all samples alike.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def step(self, value: Tensor) -> Tensor:
+        if self.matrix.shape[0] == 1:
+            return value @ self.matrix[0].T
+        return torch.bmm(self.matrix, value.unsqueeze(2)).squeeze(2)
+
+    def learn(self, step: Tensor, change: Tensor) -> None:
+        matrix = self.matrix.expand(len(step), -1, -1)
+        predicted = self.step(change).neg_()  # what the inverse says has caused the change
+        along = torch.bmm(step.unsqueeze(1), matrix)
+        overlap = torch.linalg.vecdot(step, predicted)
+        sound = overlap.abs() > 0.1 * torch.linalg.vecdot(step, step)
+        weight = torch.where(sound, overlap, torch.inf).unsqueeze(1)
+        self.matrix = torch.baddbmm(matrix, ((step - predicted) / weight).unsqueeze(2), along)
+
+
+class StoredSteps:
+    """Holds a first guess of the inverse and the steps taken, from which its corrections follow.
+
+    The limited-memory form of Kelley, Iterative Methods for Linear and Nonlinear Equations (1995), sec. 7.3.
+
+    Args:
+        solve: y ↦ approximate (−F')⁻¹ y, mapping (B, n) to (B, n).
+    """
+
+    def __init__(self, solve: Callable[[Tensor], Tensor]) -> None:
+        self.solve = solve
+        self.steps: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def step(self, value: Tensor) -> Tensor:
+        step = self.solve(value)
+        for s, following, norm in zip(self.steps[:-1], self.steps[1:], self.norms[:-1]):
+            step = step + following * ((s * step).sum(1, keepdim=True) / norm)
+        if self.steps:
+            ratio = (self.steps[-1] * step).sum(1, keepdim=True) / self.norms[-1]
+            # The correction divides by 1 − ratio: near zero, keep the uncorrected step.
+            step = step / torch.where((1 - ratio).abs() > 0.1, 1 - ratio, torch.ones_like(ratio))
+        return step
+
+    def learn(self, step: Tensor, change: Tensor) -> None:
+        self.steps.append(step)
+        self.norms.append((step * step).sum(1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny))
+
+
 def find_root(
     function: Callable[[Tensor], Tensor],
     start: Tensor,
-    inverse: Callable[[Tensor], Tensor],
+    inverse: Inverse,
     scale: Tensor,
     accuracy: float,
     max_iterations: int,
 ) -> Root:
-    """Solve F(u) = 0 for each sample by the "good" Broyden method, in its limited-memory form.
+    """Solve F(u) = 0 for each sample by the "good" Broyden method.
 
-    The inverse Jacobian of −F starts as ``inverse`` and gains a rank-one correction a step (Kelley, Iterative
-    Methods for Linear and Nonlinear Equations, 1995, sec. 7.3): only the steps themselves are stored. A sample that
-    has converged or gone astray stops moving; the best point seen is returned.
+    A sample that has converged or gone astray stops moving; the best point seen is returned. The last point at which
+    ``function`` is called is the one returned, unless some sample is taken back to an earlier one.
 
     Args:
         function: F, mapping (B, n) to (B, n).
         start: first guess, (B, n).
-        inverse: y ↦ approximate (−F')⁻¹ y, mapping (B, n) to (B, n).
+        inverse: approximate inverse of −F'.
         scale: residuals are measured against the norm of this, (B, n).
         accuracy: relative residual to reach.
         max_iterations: evaluations of F after the first.
     """
-    size = torch.linalg.vector_norm(scale, dim=1)
-    tiny = torch.finfo(start.dtype).tiny
+    size = torch.linalg.vector_norm(scale, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
+    if not (sound := torch.isfinite(start).all(1, keepdim=True)).all():
+        start = torch.where(sound, start, torch.zeros_like(start))
 
     def measure(value: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(value, dim=1) / size.clamp_min(tiny)
-        return torch.where(size > 0, norm, torch.zeros_like(norm))
+        return torch.linalg.vector_norm(value, dim=1) / size
 
-    u = torch.where(torch.isfinite(start).all(1, keepdim=True), start, torch.zeros_like(start))
-    value = function(u)
+    u, value = start, function(start)
     residual = measure(value)
     if not (residual <= 1).all():  # the guess is worse than none
         u = torch.where((residual <= 1).unsqueeze(1), u, torch.zeros_like(u))
         value = function(u)
         residual = measure(value)
     best_u, best_residual = u, torch.where(torch.isfinite(residual), residual, torch.inf)
-    steps: list[Tensor] = []
-    norms: list[Tensor] = []
     iterations = 0
-    for iterations in range(1, max_iterations + 1):
-        active = (best_residual > accuracy) & torch.isfinite(residual) & (residual < 10 * best_residual)
+    while iterations < max_iterations:
+        active = (best_residual > accuracy) & (residual < 10 * best_residual)
         if not active.any():
-            iterations -= 1
             break
-        step = inverse(value)
-        for s, following, norm in zip(steps[:-1], steps[1:], norms[:-1]):
-            step = step + following * ((s * step).sum(1, keepdim=True) / norm)
-        if steps:
-            ratio = (steps[-1] * step).sum(1, keepdim=True) / norms[-1]
-            # The correction divides by 1 − ratio: near one, keep the uncorrected step.
-            step = step / torch.where((1 - ratio).abs() > 0.1, 1 - ratio, torch.ones_like(ratio))
-        step = torch.where(active.unsqueeze(1), step, torch.zeros_like(step))
-        steps.append(step)
-        norms.append((step * step).sum(1, keepdim=True).clamp_min(tiny))
-        u = u + step
+        iterations += 1
+        step = torch.where(active.unsqueeze(1), inverse.step(value), 0.0)
+        u, before = u + step, value
         value = function(u)
+        inverse.learn(step, value - before)
         residual = measure(value)
         better = residual < best_residual
         best_u = torch.where(better.unsqueeze(1), u, best_u)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
-from dfc_lightning.settling.inverse import EXACT_UP_TO, control_inverse
+from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
 from dfc_lightning.settling.root import find_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 
@@ -19,11 +19,11 @@ from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 class SteadyState(Settling):
     """Solve for the steady state instead of simulating the way to it.
 
-    Broyden's method on each sample, from Lemma 1 and its inverse (outputs wider than ``EXACT_UP_TO``: from the
-    batch-mean inverse). Samples it leaves unsettled follow the slow controller's own way from u = 0 in linearly
-    implicit steps, with their own Jacobians; where outputs are too wide for that, they stay as they are. The residual
-    of every sample is reported. Broyden's root is taken whether or not the dynamics would reach it: stability
-    (Condition 3) is not looked at.
+    Broyden's method on each sample, from the linearised solution and its inverse: each sample's own up to ``OWN_UP_TO``
+    outputs, the batch-mean one beyond. Samples it leaves unsettled try their own inverse, then follow the slow
+    controller's way from u = 0 in linearly implicit steps; where outputs are wider than ``DENSE_UP_TO``, they stay as
+    they are. The residual of every sample is reported. Broyden's root is taken whether or not the dynamics would reach
+    it: stability (Condition 3) is not looked at.
 
     Args:
         rtol: relative residual ‖F(u)‖ / ‖δ_L‖ to reach.
@@ -47,12 +47,13 @@ class SteadyState(Settling):
             latest[:] = [(u, response)]
             return offset - response.rates[-1] - leakage * u
 
-        solve, _ = control_inverse(chain, activity, leakage)
-        root = find_root(missing, solve(offset), solve, offset, self.rtol, self.max_iterations)
+        dense, own = chain.widths[-1] <= DENSE_UP_TO, chain.widths[-1] <= OWN_UP_TO
+        inverse = (own_inverse if own else mean_field_inverse)(chain, activity, leakage)
+        root = find_root(missing, inverse.step(offset), inverse, offset, self.rtol, self.max_iterations)
         u, iterations = root.u, root.iterations
-        if chain.widths[-1] <= EXACT_UP_TO and not root.converged.all():
+        if dense and not root.converged.all():
             late = ~root.converged
-            found, more = self._continue(chain, activity.samples(late), offset[late], u[late], leakage)
+            found, more = self._finish(chain, activity.samples(late), offset[late], u[late], leakage, own)
             u, iterations = u.index_put((late,), found), iterations + more
         # The last pass evaluated is the settled one unless some sample was taken back to an earlier point.
         at, response = latest[0]
@@ -60,6 +61,25 @@ class SteadyState(Settling):
             response = chain.respond(activity, chain.apical(u))
         residual = relative_residual(offset, response.rates[-1], u, leakage)
         return Settled(u, response, residual, residual <= self.rtol, iterations)
+
+    def _finish(
+        self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float, tried_own: bool
+    ) -> tuple[Tensor, int]:
+        """What else there is for the few samples that are left: their own inverses, then continuation."""
+
+        def missing(u: Tensor) -> Tensor:
+            return offset - chain.respond(activity, chain.apical(u)).rates[-1] - leakage * u
+
+        iterations = 0
+        if not tried_own:
+            inverse = own_inverse(chain, activity, leakage)
+            root = find_root(missing, inverse.step(offset), inverse, offset, self.rtol, self.max_iterations)
+            nearer = torch.linalg.vector_norm(missing(root.u), dim=1) < torch.linalg.vector_norm(missing(best), dim=1)
+            best, iterations = torch.where(nearer.unsqueeze(1), root.u, best), root.iterations
+            if root.converged.all():
+                return best, iterations
+        best, more = self._continue(chain, activity, offset, best, leakage)
+        return best, iterations + more
 
     def _continue(
         self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float

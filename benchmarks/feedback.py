@@ -1,0 +1,111 @@
+"""What does a feedback update cost, and how much of a sampled one is signal?
+
+A feedback update is the forward pass as far as the output and one step of feedback learning, its Adam included. The
+second table takes one batch of a fixed network and compares single draws of ``Sampled`` with ``Expected``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import harness
+import torch
+from problems import Problem, Recipe
+from torch import Tensor
+
+from dfc_lightning import Expected, FeedbackLearner, Sampled
+from dfc_lightning.feedback_learning.sampled import FeedbackMethod
+
+
+def methods(recipe: Recipe) -> dict[str, FeedbackMethod]:
+    """The recipe's sampled feedback learning, and its expectation."""
+    sampled = recipe.feedback.method
+    assert isinstance(sampled, Sampled)
+    return {f"Sampled, {sampled.steps} steps": sampled, "Expected": Expected(**asdict(sampled))}
+
+
+def feedback_update(problem: Problem, recipe: Recipe, method: FeedbackMethod) -> Callable[[], Any]:
+    """A call that takes one feedback learning step."""
+    learner = FeedbackLearner(problem.network, replace(recipe.feedback, method=method))
+    return lambda: learner.step(problem.network.observe(problem.x))
+
+
+def signal(problem: Problem, sampled: FeedbackMethod, expected: FeedbackMethod, draws: int) -> dict[str, Any]:
+    """Single sampled gradients of one batch against the expected one; all layers taken together.
+
+    Returns:
+        ``cosines`` of the draws, ``noise`` as the root mean square of ‖g − E g‖ / ‖E g‖, and ``mean_distance``, that of
+        the mean over the draws, beside ``mean_distance_by_chance`` = noise / √draws.
+    """
+    activity, chain = problem.network.observe(problem.x), problem.network.chain()
+    generator = torch.Generator(problem.x.device).manual_seed(0)
+
+    def noise(shape: tuple[int, int]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=problem.x.device, dtype=problem.x.dtype)
+
+    def flat(method: FeedbackMethod) -> Tensor:
+        return torch.cat([g.flatten() for g in method.gradient(chain, activity, noise)]).double()
+
+    mean = flat(expected)
+    samples = torch.stack([flat(sampled) for _ in range(draws)])
+    cosines = samples @ mean / (samples.norm(dim=1) * mean.norm())
+    relative = float((samples - mean).square().sum(1).mean().sqrt() / mean.norm())
+    return {
+        "cosine": statistics.median(cosines.tolist()),
+        "noise": relative,
+        "mean_distance": float((samples.mean(0) - mean).norm() / mean.norm()),
+        "mean_distance_by_chance": relative / draws**0.5,
+        "cosines": cosines.tolist(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = harness.arguments(__doc__, repeats=20)
+    parser.add_argument("--batch", default=128, type=int, help="batch size")
+    parser.add_argument("--hidden", default=256, type=int, help="units of the hidden layers")
+    parser.add_argument("--draws", default=100, type=int, help="sampled gradients to compare with the expected one")
+    options = harness.parse(parser, argv)
+    recipe, where = Recipe.load("mnist/dfc_ss", options.hidden), (options.batch, options.dtype, options.device)
+    (sampled_name, sampled), (expected_name, expected) = methods(recipe).items()
+    plain = recipe.problem(*where)
+
+    starts = {"random Q": recipe.feedback_init, "Q from weight products": "weight_product"}
+    signals = {
+        name: signal(recipe.problem(*where, start), sampled, expected, options.draws) for name, start in starts.items()
+    }
+
+    calls: dict[str, Callable[[], Any]] = {"backprop": lambda: plain.update(None)}
+    for name, method in methods(recipe).items():
+        calls[name] = feedback_update(recipe.problem(*where, recipe.feedback_init), recipe, method)
+    times = harness.interleave(calls, options.repeats, options.device)
+    costs: dict[str, Any] = {
+        name: {
+            "ms": harness.milliseconds(times, name),
+            "ratio": harness.ratio(times, name, "backprop"),
+            "seconds": seconds,
+        }
+        for name, seconds in times.items()
+    }
+
+    text = harness.table(("feedback update", "ms", "× backprop"), [(n, c["ms"], c["ratio"]) for n, c in costs.items()])
+    columns = ("cosine", "noise", "mean_distance", "mean_distance_by_chance")
+    header = ("one sampled batch", "cosine", "noise / signal", f"mean of {options.draws}", "by chance")
+    text += "\n\n" + harness.table(header, [(name, *(found[c] for c in columns)) for name, found in signals.items()])
+    harness.report("feedback", options, {"updates": costs, "signals": signals}, text)
+
+    def draw(axes: Any) -> None:
+        harness.bars(axes[0], {name: cost["ratio"] for name, cost in costs.items()}, "time, in backprop steps")
+        for name, found in signals.items():
+            axes[1].hist(found["cosines"], bins=20, alpha=0.6, label=name)
+        axes[1].set(xlabel="cosine of one sampled batch gradient to the expected one", ylabel="draws")
+        axes[1].legend(frameon=False)
+
+    harness.figure("feedback", options, 1, 2, draw)
+
+
+if __name__ == "__main__":
+    main()

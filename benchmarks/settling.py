@@ -1,0 +1,127 @@
+"""What does one whole update cost, in units of a backprop step of the same network, batch and dtype?
+
+A row is forward pass, loss and ``backward()`` with ``.grad`` written; no optimizer. Rows named "trained" have weights
+and feedback weights from a brief training by DFC-SS on synthetic data with classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+from problems import Problem, Recipe
+
+from dfc_lightning import DFA, Backprop, LearningRule, MinimumNorm, settling
+from dfc_lightning.settling import Euler, Linearized, SteadyState
+
+TRAJECTORY: Any = getattr(settling, "Trajectory", None)
+PAPER_TIME: dict[str, Any] = {"dt": 0.02, "tau_ratio": 0.2}
+
+
+@dataclass
+class Row:
+    """One method on one problem, and the backprop row that it is measured against."""
+
+    name: str
+    problem: Problem
+    rule: LearningRule | None
+    baseline: str
+    slow: bool = False
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the rows."""
+    parser.add_argument("--batch", default=128, type=int, help="batch size")
+    parser.add_argument("--hidden", default=256, type=int, help="units of the hidden layers")
+    parser.add_argument("--train-steps", default=300, type=int, help="training steps behind the trained rows")
+    parser.add_argument("--euler-steps", default=999, type=int, help="steps of the simulated update; 0 for none")
+
+
+def rows(options: argparse.Namespace) -> list[Row]:
+    """The rows of the table, on the paper's MNIST network and on its autoencoder."""
+    steady, where = SteadyState(rtol=1e-5), (options.batch, options.dtype, options.device)
+    mnist = Recipe.load("mnist/dfc_ss", options.hidden)
+    fresh, stepsize = mnist.problem(*where), mnist.target_stepsize
+    trained = mnist.trained(mnist.problem(*where), options.train_steps)
+    found = [
+        Row("backprop", fresh, None, "backprop"),
+        Row("Backprop()", fresh, Backprop(), "backprop"),
+        Row("DFA()", mnist.problem(*where, "xavier_normal"), DFA(), "backprop"),
+        Row("MinimumNorm()", fresh, MinimumNorm(target_stepsize=stepsize), "backprop"),
+        Row("DFC-SSA", fresh, mnist.dfc(Linearized()), "backprop"),
+        Row("DFC-SS", fresh, mnist.dfc(steady), "backprop"),
+        Row("DFC-SS, trained", trained, mnist.dfc(steady), "backprop"),
+    ]
+    if options.euler_steps:
+        simulated = Euler(options.euler_steps, **PAPER_TIME)
+        name = f"DFC, {options.euler_steps} steps"
+        found.append(Row(name, fresh, mnist.dfc(simulated, integrate=True), "backprop", slow=True))
+    if TRAJECTORY is not None:
+        closed = TRAJECTORY(steps=options.euler_steps or 999, **PAPER_TIME)
+        found.append(Row("DFC, closed form", fresh, mnist.dfc(closed, integrate=True), "backprop"))
+    auto, base = Recipe.load("mnist_autoencoder/dfc_ss", options.hidden), "autoencoder: backprop"
+    fresh = auto.problem(*where)
+    trained = auto.trained(auto.problem(*where), options.train_steps // 3)
+    return found + [
+        Row(base, fresh, None, base),
+        Row("autoencoder: DFC-SSA", fresh, auto.dfc(Linearized()), base),
+        Row("autoencoder: DFC-SS", fresh, auto.dfc(steady), base),
+        Row("autoencoder: DFC-SS, trained", trained, auto.dfc(steady), base),
+    ]
+
+
+def quality(row: Row) -> dict[str, Any]:
+    """How exact a row's update is: worst residual, iterations, float32 against float64."""
+    settled = row.problem.update(row.rule)
+    found: dict[str, Any] = {"residual": None, "iterations": None, "float32_error": row.problem.float32_error(row.rule)}
+    if settled is not None:
+        found |= {"residual": float(settled.residual.max()), "iterations": int(settled.iterations)}
+        found["converged"] = float(settled.converged.double().mean())
+    return found
+
+
+def distance_to_simulation(measured: Sequence[Row]) -> str:
+    """How far the closed form of the integrated update is from the simulated one, where both are there."""
+    by_name = {row.name.partition(", ")[2]: row for row in measured if row.name.startswith("DFC, ")}
+    if len(by_name) < 2:
+        return ""
+    simulated, closed = (row.problem.gradient(row.rule) for row in by_name.values())
+    far = float((closed - simulated).norm() / simulated.norm())
+    return f"\n\nThe closed form differs from the simulated update by {far:.1e} of its norm."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = harness.arguments(__doc__, repeats=30)
+    add_options(parser)
+    parser.add_argument("--slow-repeats", default=3, type=int, help="rounds that the simulated update takes part in")
+    options = harness.parse(parser, argv)
+    measured = rows(options)
+    qualities = {row.name: quality(row) for row in measured}
+    calls = {row.name: (lambda row=row: row.problem.update(row.rule)) for row in measured}
+    rounds = {row.name: min(options.slow_repeats, options.repeats) for row in measured if row.slow}
+    times = harness.interleave(calls, options.repeats, options.device, rounds)
+    results = {
+        row.name: {
+            "ms": harness.milliseconds(times, row.name),
+            "ratio": harness.ratio(times, row.name, row.baseline),
+            **qualities[row.name],
+            "seconds": times[row.name],
+        }
+        for row in measured
+    }
+    columns = ("ms", "ratio", "residual", "iterations", "float32_error")
+    text = harness.table(
+        ("update", "ms", "× backprop", "worst residual", "iterations", "float32 error"),
+        [(name, *(result[c] for c in columns)) for name, result in results.items()],
+    )
+    harness.report("settling", options, {"updates": results}, text + distance_to_simulation(measured))
+    ratios = {name: result["ratio"] for name, result in results.items()}
+    harness.figure("settling", options, 1, 1, lambda axes: harness.bars(axes, ratios, "time, in backprop steps"))
+
+
+if __name__ == "__main__":
+    main()
