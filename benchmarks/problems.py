@@ -125,7 +125,7 @@ class Recipe:
         """Endless seeded batches: overlapping clusters in 16 dimensions, one a class, through a random tanh layer."""
         g = torch.Generator().manual_seed(1)
         inputs, classes = self.sizes[0], 10 if self.reconstructs else self.sizes[-1]
-        centres = 1.5 * torch.randn(classes, 16, generator=g)
+        centres = 0.8 * torch.randn(classes, 16, generator=g)
         decoder = torch.randn(16, inputs, generator=g) / 2
         while True:
             labels = torch.randint(classes, (size,), generator=g)

@@ -74,11 +74,18 @@ class Response(NamedTuple):
     def where(self, keep: Tensor, other: Response | None = None) -> Response:
         """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
         mask = keep.unsqueeze(1)
-        chosen = []
-        for k, layers in enumerate(self[:3]):
-            others = other[k] if other else [torch.zeros_like(each) for each in layers]
-            chosen.append([torch.where(mask, mine, theirs) for mine, theirs in zip(layers, others)])
-        return Response(*chosen, delayed=self.delayed)
+
+        def choose(mine: list[Tensor], others: list[Tensor] | None) -> list[Tensor]:
+            if others is None:
+                return [torch.where(mask, each, torch.zeros_like(each)) for each in mine]
+            return [torch.where(mask, each, another) for each, another in zip(mine, others)]
+
+        return Response(
+            choose(self.basal, other and other.basal),
+            choose(self.driven, other and other.driven),
+            choose(self.rates, other and other.rates),
+            self.delayed,
+        )
 
 
 class Chain:

@@ -58,17 +58,19 @@ class Expected(Sampled):
         variances = [(s * self.dt**0.5 / self.apical_tau) ** 2 for s in [self.sigma] * (chain.depth - 1) + [last]]
         flat = responses.flatten(1)
         batch, n = responses.shape[1:3]
+        accuracy = 1e-14 if flat.dtype == torch.float64 else 1e-6
 
         def over_time(weights: Tensor) -> Tensor:
-            return (weights.to(flat) @ flat).view(-1, batch, n, n)
+            """Sums of H weighted over time, R blocks side by side for each row: (B, n, R, n)."""
+            return (weights.to(flat) @ flat).view(-1, batch, n, n).permute(1, 2, 0, 3)
 
         both = torch.zeros_like(responses[0])
         crosses = []
         for k, (jacobian, variance) in enumerate(zip(jacobians, variances), start=1):
-            left, right, single = _time_weights(self, chain.depth - k + 1, torch.finfo(flat.dtype).eps)
-            spread = over_time(left) @ (variance * jacobian @ jacobian.mT)
-            both += _side_by_side(spread) @ _side_by_side(over_time(right)).mT
-            crosses.append(variance * over_time(single)[0].mT)
+            left, right, single = _time_weights(self, chain.depth - k + 1, accuracy)
+            spread = over_time(left).reshape(batch, -1, n) @ (variance * jacobian @ jacobian.mT)
+            both += spread.view(batch, n, -1) @ over_time(right).reshape(batch, n, -1).mT
+            crosses.append(variance * over_time(single).squeeze(2).mT)
         scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
         mean = both.sum(0)
         return [
@@ -128,11 +130,6 @@ def _time_weights(method: Expected, filters: int, accuracy: float) -> tuple[Tens
     rank = int((s > accuracy * s[0]).sum())
     single = (count * remembered[:-1]) @ to_control[1:]
     return (u[:, :rank] * s[:rank]).T.contiguous(), vh[:rank].contiguous(), single.unsqueeze(0)
-
-
-def _side_by_side(matrices: Tensor) -> Tensor:
-    """(R, B, n, n) matrices as B rows of R blocks, (B, n, R n)."""
-    return matrices.permute(1, 2, 0, 3).flatten(2)
 
 
 def _convolution(taps: Tensor) -> Tensor:

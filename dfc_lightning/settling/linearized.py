@@ -19,9 +19,9 @@ from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 class Linearized(Settling):
     """Lemma 1: u = (JQ + α̃ I)⁻¹ δ_L, and the controlled feedforward pass with that control.
 
-    Up to ``OWN_UP_TO`` outputs by each sample's own n_L × n_L inverse; wider ones by Broyden's method from the batch-mean
-    one, to 1e-6 in float32 and 1e-12 in float64, and the samples that leaves by their own (up to ``DENSE_UP_TO``
-    outputs).
+    Up to ``OWN_UP_TO`` outputs by each sample's own n_L × n_L inverse; wider ones by Broyden's method from the
+    batch-mean one, to 1e-6 in float32 and 1e-12 in float64, and the samples that leaves by their own (up to
+    ``DENSE_UP_TO`` outputs).
 
     ``residual`` tells how far the nonlinear network then is from its own steady state; ``converged`` whether the
     linear system was solved.

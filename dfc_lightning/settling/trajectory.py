@@ -1,0 +1,247 @@
+"""The update averaged over the controlled dynamics, in closed form: DFC at the price of a steady state.
+
+Write a = dt τ_u/τ_v, c = (1 − a)/a, x_i[t] for the somatic deviation of layer i and w[t] for the control as its apical
+compartments hear it. A somatic step x_i[t] = (1 − a) x_i[t−1] + a (Q_i w[t] + δv_i^ff[t]) is
+
+    x_i[t] − δv_i^ff[t] = Q_i w[t] − c (x_i[t] − x_i[t−1]),
+
+so that over T steps from the feedforward state, in the nonlinear network too,
+
+    Σ_t (v_i − v_i^ff) = T Q_i u* + Q_i H − c x_i[T],    H = Σ_t (w[t] − u*),
+
+with u* the settled control. H, the area of the transient, is found by summing each of the other recursions likewise,
+with the network linear in its distance from the settled state. At the end of the T steps, y being what leaks,
+
+    (JQ + α̃ I) H = δr_L + c Σ_i J_i x_i + (α y − u_int/dt) α̃/α − α̃ m,
+
+where m = Σ_t (u − w) is what the apical compartments have missed: nothing where they hear each control at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.checks import require
+from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynaptic
+from dfc_lightning.settling.dynamics import TimeStep
+from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.settling.linearized import Linearized
+from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
+from dfc_lightning.settling.steady_state import SteadyState
+
+
+class End(NamedTuple):
+    """The state in which the dynamics end."""
+
+    settled: Settled
+    somatic: list[Tensor]
+    """x_i, one (B, n_i) a layer."""
+    integral: Tensor
+    """u_int, (B, n_L)."""
+    heard: Tensor
+    """w, (B, n_L)."""
+
+
+@dataclass(frozen=True)
+class Trajectory(Simulation):
+    """What :class:`Euler` of the same arguments computes, without its steps.
+
+    The steady state is solved and stands for the whole of the time; only the area of the transient that leads to it
+    is linearised. So the integrated update is exact as λ → 0, and as T → ∞ for any λ.
+
+    Args:
+        steps: T, the number of steps.
+        dt: length of a step in units of τ_u.
+        tau_ratio: somatic time constant τ_v / τ_u.
+        apical_tau: apical time constant τ_A / τ_u; None for an instantaneous apical compartment.
+        instant_transmission: rates of this step, not of the last, reach the next layer.
+        instant_system: somata follow their compartments at once.
+        proactive: the apical compartments hear the control of this step, not of the last.
+        settled: take the network as settled after T steps. Else what is left of the transient by then is computed,
+            from the T-th power of a matrix of some (L + 3) n_L rows a sample: outputs up to ``DENSE_UP_TO`` only.
+            Where the dynamics do not come to rest (Condition 3 broken), only this shows it.
+        rtol: relative residual of the steady state to reach.
+        tolerance: as in :class:`Euler`; used unless ``settled``, where ``rtol`` alone decides on convergence.
+        error_reduction: likewise.
+    """
+
+    steps: int = 1000
+    dt: float = 0.02
+    tau_ratio: float = 0.2
+    apical_tau: float | None = None
+    instant_transmission: bool = True
+    instant_system: bool = False
+    proactive: bool = True
+    settled: bool = True
+    rtol: float = 1e-5
+    tolerance: float = 1e-5
+    error_reduction: float = 0.25
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "take at least one step")
+        self.time_step  # noqa: B018  checks the step against the time constants
+        self._steady  # noqa: B018  checks rtol
+
+    @property
+    def time_step(self) -> TimeStep:
+        """The discretisation."""
+        return TimeStep(
+            self.dt,
+            self.tau_ratio,
+            self.apical_tau,
+            self.instant_transmission,
+            self.instant_system,
+            self.proactive,
+        )
+
+    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+        """The last state, or the one it tends to if taken as ``settled``; see :class:`Settling`."""
+        return self._end(chain, activity, offset, controller, self._solve(chain, activity, offset, controller)).settled
+
+    def settle_and_integrate(
+        self,
+        chain: Chain,
+        activity: Activity,
+        offset: Tensor,
+        controller: PIController,
+        plasticity: Plasticity,
+        drop_unconverged: bool,
+    ) -> tuple[Settled, Products]:
+        """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
+        steady = self._solve(chain, activity, offset, controller)
+        end = self._end(chain, activity, offset, controller, steady)
+        settled, tail = end.settled, [self._somatic_lag * x for x in end.somatic]
+        area, found = self._area(chain, activity, controller, end, tail)
+        settled.converged &= found
+        counted = settled.counted(drop_unconverged) & torch.isfinite(area).all(1)
+
+        at_rest = steady.response.where(counted)
+        signals = postsynaptic(chain, activity, at_rest, plasticity)
+        for signal, slope, apical, late in zip(signals, activity.slopes, chain.apical(area), tail):
+            transient = apical - late if plasticity == "voltage_difference" else slope * (apical - late)
+            signal.mul_(self.steps).add_(torch.where(counted.unsqueeze(1), transient, 0.0))
+        return settled, chain.outer(signals, presynaptic(activity, at_rest), 1 / (self.steps + 1))
+
+    @property
+    def _steady(self) -> SteadyState:
+        return SteadyState(rtol=self.rtol)
+
+    @property
+    def _somatic(self) -> float:
+        """a."""
+        return 1.0 if self.instant_system else self.dt / self.tau_ratio
+
+    @property
+    def _somatic_lag(self) -> float:
+        """c."""
+        return (1 - self._somatic) / self._somatic
+
+    @property
+    def _apical(self) -> float:
+        return 1.0 if self.apical_tau is None else self.dt / self.apical_tau
+
+    @property
+    def _delayed(self) -> bool:
+        return not (self.instant_transmission or self.instant_system)
+
+    def _solve(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+        return self._steady.settle(chain, activity, offset, controller)
+
+    def _area(
+        self, chain: Chain, activity: Activity, controller: PIController, end: End, tail: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """H, (B, n_L), and for which samples it was found."""
+        u, response = end.settled.control, end.settled.response
+        if self._delayed:  # the last rates have not yet arrived anywhere
+            tail = [late + basal for late, basal in zip(tail, response.basal)]
+        leaking, share = (u, 1.0)
+        if controller.leak == "integral":
+            leaking, share = end.integral, 1 / (1 + controller.alpha * controller.k_p)
+        missed = (1 - self._apical) / self._apical * end.heard
+        if not self.proactive:
+            missed = missed + u
+        right = response.rates[-1] + chain.linear_response(activity.slopes, tail)
+        right = right + share * (controller.alpha * leaking - end.integral / self.dt)
+        right = right - controller.steady_leakage * missed
+        # Lemma 1 with another right-hand side.
+        solved = Linearized().settle(chain, activity, right, controller)
+        return solved.control, solved.converged
+
+    def _end(
+        self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, steady: Settled
+    ) -> End:
+        u, response, leakage = steady.control, steady.response, controller.steady_leakage
+        somatic = [basal + driven for basal, driven in zip(response.basal, response.driven)]
+        integral = u - controller.k_p * leakage * u
+        if self.settled:
+            return End(steady, somatic, integral, u)
+
+        require(
+            chain.widths[-1] <= DENSE_UP_TO,
+            "settled",
+            self.settled,
+            f"the exact last state of {chain.widths[-1]} outputs takes too much memory (at most {DENSE_UP_TO}); "
+            "use settled=True, or Euler(...)",
+        )
+        left = self._left(chain, activity, controller, [-integral, *[-u] * (chain.depth + 2)])
+        u, integral, heard = u + left[1], integral + left[0], u + left[2]
+        slopes, lagging = activity.slopes, left[3:]
+        # x_i = Σ_k W_i D_{i−1} … W_{k+1} D_k Q_k s_{i−k+1}, s_m the control as m somata in a row have filtered it:
+        # for each m the layers beyond still need, one set of rows through the network.
+        rows = lagging @ chain.feedback[0].T
+        somatic[0] = somatic[0] + rows[0]
+        for i in range(1, chain.depth):
+            rows = (rows[1:] * slopes[i - 1]) @ chain.weights[i].T + lagging[: len(rows) - 1] @ chain.feedback[i].T
+            somatic[i] = somatic[i] + rows[0]
+
+        basal, rates = [response.basal[0]], []
+        for i, (phi, x) in enumerate(zip(chain.nonlinearities, somatic)):
+            if i:
+                basal.append(rates[-1] @ chain.weights[i].T)
+            rates.append(phi.difference(activity.v[i], activity.r[i], x, slopes[i]))
+        response = Response(basal, [x - b for x, b in zip(somatic, basal)], rates)
+        error = offset - rates[-1]
+        missing = torch.linalg.vector_norm(error - leakage * u, dim=1)
+        near = missing < self.tolerance * torch.linalg.vector_norm(activity.output, dim=1)
+        first = torch.linalg.vector_norm(offset, dim=1)
+        reduced = torch.linalg.vector_norm(error, dim=1) < self.error_reduction * first
+        residual = relative_residual(offset, rates[-1], u, leakage)
+        converged = steady.converged & near & reduced
+        return End(Settled(u, response, residual, converged, self.steps), somatic, integral, heard)
+
+    def _left(self, chain: Chain, activity: Activity, controller: PIController, start: list[Tensor]) -> Tensor:
+        """Distances from the settled state after ``steps`` steps, (L + 3, B, n_L): of u_int, u, w and s_1 … s_L."""
+        jacobians = chain.jacobians(activity.slopes)
+        gains = [j @ q for j, q in zip(jacobians, chain.feedback)]
+        blocks, (batch, n) = len(start), start[0].shape
+        each = torch.eye(blocks * n, dtype=gains[0].dtype, device=gains[0].device).view(blocks, n, -1)
+        power = torch.cat([b.expand(batch, -1, -1) for b in self._advance(list(each), gains, controller)], dim=1)
+        state = torch.cat(start, dim=1).unsqueeze(2)
+        steps = self.steps
+        while steps:
+            if steps % 2:
+                state = power @ state
+            if steps := steps // 2:
+                power = power @ power
+        return state.view(batch, blocks, n).transpose(0, 1)
+
+    def _advance(self, state: list[Tensor], gains: list[Tensor], controller: PIController) -> list[Tensor]:
+        """One step of the linear dynamics about the settled state, as :class:`Dynamics` makes it."""
+        integral, u, heard, *somata = state
+        # δr_L = Σ_k J_k Q_k s_{L−k+1}
+        error = -torch.stack([gain @ s for gain, s in zip(gains, reversed(somata))]).sum(0)
+        leak = integral if controller.leak == "integral" else u
+        integral = integral + self.dt * (error - controller.alpha * leak)
+        before, u = u, integral + controller.k_p * error
+        heard = torch.lerp(heard.expand_as(u), (u if self.proactive else before).expand_as(u), self._apical)
+        arriving, moved = heard, []
+        for s in somata:
+            moved.append(torch.lerp(s.expand_as(arriving), arriving, self._somatic))
+            arriving = s.expand_as(heard) if self._delayed else moved[-1]
+        return [integral, u, heard, *moved]
