@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import harness
 import torch
-from problems import Problem, Recipe
+from problems import Problem, Recipe, add_sizes
 from torch import Tensor
 
-from dfc_lightning import Expected, FeedbackLearner, Sampled
+from dfc_lightning import FeedbackLearner
 from dfc_lightning.feedback_learning.sampled import FeedbackMethod
 
 
 def methods(recipe: Recipe) -> dict[str, FeedbackMethod]:
     """The recipe's sampled feedback learning, and its expectation."""
-    sampled = recipe.feedback.method
-    assert isinstance(sampled, Sampled)
-    return {f"Sampled, {sampled.steps} steps": sampled, "Expected": Expected(**asdict(sampled))}
+    return {f"Sampled, {recipe.sampled.steps} steps": recipe.sampled, "Expected": recipe.expected}
 
 
 def feedback_update(problem: Problem, recipe: Recipe, method: FeedbackMethod) -> Callable[[], Any]:
@@ -33,7 +31,7 @@ def feedback_update(problem: Problem, recipe: Recipe, method: FeedbackMethod) ->
     return lambda: learner.step(problem.network.observe(problem.x))
 
 
-def signal(problem: Problem, sampled: FeedbackMethod, expected: FeedbackMethod, draws: int) -> dict[str, Any]:
+def signal(problem: Problem, recipe: Recipe, draws: int) -> dict[str, Any]:
     """Single sampled gradients of one batch against the expected one; all layers taken together.
 
     Returns:
@@ -49,8 +47,8 @@ def signal(problem: Problem, sampled: FeedbackMethod, expected: FeedbackMethod, 
     def flat(method: FeedbackMethod) -> Tensor:
         return torch.cat([g.flatten() for g in method.gradient(chain, activity, noise)]).double()
 
-    mean = flat(expected)
-    samples = torch.stack([flat(sampled) for _ in range(draws)])
+    mean = flat(recipe.expected)
+    samples = torch.stack([flat(recipe.sampled) for _ in range(draws)])
     cosines = samples @ mean / (samples.norm(dim=1) * mean.norm())
     relative = float((samples - mean).square().sum(1).mean().sqrt() / mean.norm())
     return {
@@ -65,18 +63,14 @@ def signal(problem: Problem, sampled: FeedbackMethod, expected: FeedbackMethod, 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     parser = harness.arguments(__doc__, repeats=20)
-    parser.add_argument("--batch", default=128, type=int, help="batch size")
-    parser.add_argument("--hidden", default=256, type=int, help="units of the hidden layers")
+    add_sizes(parser)
     parser.add_argument("--draws", default=100, type=int, help="sampled gradients to compare with the expected one")
     options = harness.parse(parser, argv)
-    recipe, where = Recipe.load("mnist/dfc_ss", options.hidden), (options.batch, options.dtype, options.device)
-    (sampled_name, sampled), (expected_name, expected) = methods(recipe).items()
+    recipe, where = Recipe.load("mnist/dfc_ss", options), (options.batch, options.dtype, options.device)
     plain = recipe.problem(*where)
 
     starts = {"random Q": recipe.feedback_init, "Q from weight products": "weight_product"}
-    signals = {
-        name: signal(recipe.problem(*where, start), sampled, expected, options.draws) for name, start in starts.items()
-    }
+    signals = {name: signal(recipe.problem(*where, start), recipe, options.draws) for name, start in starts.items()}
 
     calls: dict[str, Callable[[], Any]] = {"backprop": lambda: plain.update(None)}
     for name, method in methods(recipe).items():

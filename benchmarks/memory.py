@@ -9,6 +9,7 @@ trajectory.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +24,24 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
     """The most memory that ``call`` holds at a time beyond what is held before it, once warm."""
     call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+    gc.disable()  # else cycles left behind earlier could be released during the call and count as its own
+    try:
+        if device.startswith("cuda"):
+            return _cuda_peak(call, device)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            call()
+    finally:
+        gc.enable()
     return peak_of([(e.start_ns(), e.nbytes()) for e in memory_events(recorded)])
+
+
+def _cuda_peak(call: Callable[[], Any], device: str) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def memory_events(recorded: profile) -> list[Any]:
@@ -74,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(euler_steps=20, train_steps=30)
     options = harness.parse(parser, argv)
     jobs = [(row.name, update_of(row), row.problem, row.baseline) for row in rows(options)]
-    recipe = Recipe.load("mnist/dfc_ss", options.hidden)
+    recipe = Recipe.load("mnist/dfc_ss", options)
     for name, method in methods(recipe).items():
         problem = recipe.problem(options.batch, options.dtype, options.device)
         jobs.append((f"feedback, {name}", feedback_update(problem, recipe, method), problem, "backprop"))

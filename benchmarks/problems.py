@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from dfc_lightning import (
     DFC,
     ControlledNetwork,
+    Expected,
     FeedbackLearner,
     FeedbackLearning,
     LearningRule,
@@ -28,6 +30,13 @@ from dfc_lightning.settling import SteadyState
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options of the problem's size."""
+    parser.add_argument("--batch", default=128, type=int, help="batch size")
+    parser.add_argument("--inputs", default=784, type=int, help="entries of a sample")
+    parser.add_argument("--hidden", default=256, type=int, help="units of a hidden layer")
 
 
 @dataclass
@@ -88,15 +97,16 @@ class Recipe:
     reconstructs: bool
 
     @classmethod
-    def load(cls, name: str, hidden: int = 256) -> Recipe:
-        """Settings of ``recipes/<name>.yaml``, its hidden layers of 256 units given ``hidden`` instead."""
+    def load(cls, name: str, options: argparse.Namespace) -> Recipe:
+        """Settings of ``recipes/<name>.yaml``, its layers of 784 and 256 units as wide as the options say."""
+        widths = {784: options.inputs, 256: options.hidden}
         tree = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         strategy, model = tree["trainer"]["strategy"]["init_args"], tree["model"]["init_args"]
         rule, net = strategy["rule"]["init_args"], model["network"]["init_args"]
         feedback = dict(strategy["feedback"])
         feedback["method"] = Sampled(**feedback["method"]["init_args"])
         return cls(
-            [hidden if n == 256 else n for n in net["sizes"]],
+            [widths.get(n, n) for n in net["sizes"]],
             net["nonlinearity"],
             PIController(**rule["controller"]),
             rule["target_stepsize"],
@@ -109,6 +119,17 @@ class Recipe:
     def dfc(self, settling: Any, integrate: bool = False) -> DFC:
         """DFC with this controller and target."""
         return DFC(settling, self.controller, self.target_stepsize, integrate=integrate)
+
+    @property
+    def sampled(self) -> Sampled:
+        """The recipe's feedback learning, by simulation."""
+        assert isinstance(self.feedback.method, Sampled)
+        return self.feedback.method
+
+    @property
+    def expected(self) -> Expected:
+        """Its expectation over the noise."""
+        return Expected(**asdict(self.sampled))
 
     def problem(
         self, batch: int, dtype: torch.dtype, device: str, feedback_init: FeedbackInit = "weight_product"
@@ -137,9 +158,9 @@ class Recipe:
     def trained(self, problem: Problem, steps: int) -> Problem:
         """Train a problem's network by DFC-SS as the recipe does, a feedback step before each; its batch stays.
 
-        Feedback learns with ten times the recipe's rate, being given so few steps.
+        Feedback learns by the expected update and with ten times the recipe's rate, being given so few steps.
         """
-        feedback = replace(self.feedback, lr=10 * self.feedback.lr)
+        feedback = replace(self.feedback, method=self.expected, lr=10 * self.feedback.lr)
         learner = FeedbackLearner(problem.network, feedback)
         optimizer = torch.optim.Adam(problem.network.module.parameters(), **self.optimizer)
         batches = self.batches(len(problem.x), problem.x.dtype, str(problem.x.device))

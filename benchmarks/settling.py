@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import harness
-from problems import Problem, Recipe
+from problems import Problem, Recipe, add_sizes
 
 from dfc_lightning import DFA, Backprop, LearningRule, MinimumNorm, settling
 from dfc_lightning.settling import Euler, Linearized, SteadyState
@@ -34,8 +34,7 @@ class Row:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the rows."""
-    parser.add_argument("--batch", default=128, type=int, help="batch size")
-    parser.add_argument("--hidden", default=256, type=int, help="units of the hidden layers")
+    add_sizes(parser)
     parser.add_argument("--train-steps", default=300, type=int, help="training steps behind the trained rows")
     parser.add_argument("--euler-steps", default=999, type=int, help="steps of the simulated update; 0 for none")
 
@@ -43,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def rows(options: argparse.Namespace) -> list[Row]:
     """The rows of the table, on the paper's MNIST network and on its autoencoder."""
     steady, where = SteadyState(rtol=1e-5), (options.batch, options.dtype, options.device)
-    mnist = Recipe.load("mnist/dfc_ss", options.hidden)
+    mnist = Recipe.load("mnist/dfc_ss", options)
     fresh, stepsize = mnist.problem(*where), mnist.target_stepsize
     trained = mnist.trained(mnist.problem(*where), options.train_steps)
     found = [
@@ -62,7 +61,7 @@ def rows(options: argparse.Namespace) -> list[Row]:
     if TRAJECTORY is not None:
         closed = TRAJECTORY(steps=options.euler_steps or 999, **PAPER_TIME)
         found.append(Row("DFC, closed form", fresh, mnist.dfc(closed, integrate=True), "backprop"))
-    auto, base = Recipe.load("mnist_autoencoder/dfc_ss", options.hidden), "autoencoder: backprop"
+    auto, base = Recipe.load("mnist_autoencoder/dfc_ss", options), "autoencoder: backprop"
     fresh = auto.problem(*where)
     trained = auto.trained(auto.problem(*where), options.train_steps // 3)
     return found + [
@@ -90,7 +89,7 @@ def distance_to_simulation(measured: Sequence[Row]) -> str:
         return ""
     simulated, closed = (row.problem.gradient(row.rule) for row in by_name.values())
     far = float((closed - simulated).norm() / simulated.norm())
-    return f"\n\nThe closed form differs from the simulated update by {far:.1e} of its norm."
+    return f"\nThe closed form differs from the simulated update by {far:.1e} of its norm."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("update", "ms", "× backprop", "worst residual", "iterations", "float32 error"),
         [(name, *(result[c] for c in columns)) for name, result in results.items()],
     )
-    harness.report("settling", options, {"updates": results}, text + distance_to_simulation(measured))
+    note = f"Trained: {options.train_steps} steps (autoencoder {options.train_steps // 3}) on synthetic data, seeded."
+    harness.report("settling", options, {"updates": results}, f"{text}\n\n{note}{distance_to_simulation(measured)}")
     ratios = {name: result["ratio"] for name, result in results.items()}
     harness.figure("settling", options, 1, 1, lambda axes: harness.bars(axes, ratios, "time, in backprop steps"))
 

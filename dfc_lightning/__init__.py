@@ -8,7 +8,7 @@ from dfc_lightning.feedback_learning import Expected, FeedbackLearner, FeedbackL
 from dfc_lightning.rules import DFA, DFC, Backprop, LearningRule, MinimumNorm
 
 try:
-    from dfc_lightning.training import DFCStrategy
+    from dfc_lightning.training import DFCDDPStrategy, DFCStrategy
 except ModuleNotFoundError as error:  # the rules themselves need no Lightning
     if not (error.name or "").startswith(("lightning", "tqdm")):
         raise
@@ -22,6 +22,7 @@ __all__ = [
     "ClampedTarget",
     "ControlError",
     "ControlledNetwork",
+    "DFCDDPStrategy",
     "DFCStrategy",
     "Expected",
     "FeedbackLearner",

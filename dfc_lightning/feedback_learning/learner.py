@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,21 @@ class FeedbackLearning:
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero")
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that learn together: of n, rank r has every n-th sample of the joint batch, from the r-th on.
+
+    Args:
+        rank: this process's number.
+        world_size: how many there are, n.
+        mean: averages a tensor over them.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
 class FeedbackLearner:
     """Takes feedback learning steps for a network; the noise of step k is drawn from a generator seeded by k.
 
@@ -68,10 +84,13 @@ class FeedbackLearner:
         network: the controlled network whose feedback weights learn.
         learning: schedule and hyperparameters.
         seed: seed of the noise.
+        ranks: the processes that learn together.
     """
 
-    def __init__(self, network: ControlledNetwork, learning: FeedbackLearning, seed: int = 0) -> None:
-        self.network, self.learning, self.seed = network, learning, seed
+    def __init__(
+        self, network: ControlledNetwork, learning: FeedbackLearning, seed: int = 0, ranks: Ranks | None = None
+    ) -> None:
+        self.network, self.learning, self.seed, self.ranks = network, learning, seed, ranks or Ranks()
         self.steps = 0
         self._optimizer: torch.optim.Adam | None = None
         self._initial = False
@@ -90,9 +109,13 @@ class FeedbackLearner:
         generator = torch.Generator(activity.x.device).manual_seed(_mixed(self.seed, self.steps))
 
         def noise(shape: tuple[int, int]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=activity.x.device, dtype=activity.output.dtype)
+            joint = (shape[0] * self.ranks.world_size, *shape[1:])
+            draws = torch.randn(joint, generator=generator, device=activity.x.device, dtype=activity.output.dtype)
+            return draws[self.ranks.rank :: self.ranks.world_size]
 
         gradients = self.learning.method.gradient(chain, activity, noise)
+        if self.ranks.world_size > 1:
+            gradients = list(self.ranks.mean(torch.cat(gradients)).split(chain.widths))
         learned = self._learned()
         for q, gradient in zip(learned, gradients):
             q.grad = gradient

@@ -30,8 +30,9 @@ from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynaptic
 from dfc_lightning.settling.dynamics import TimeStep
-from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.settling.inverse import DENSE_UP_TO, mean_field_inverse
 from dfc_lightning.settling.linearized import Linearized
+from dfc_lightning.settling.root import find_root
 from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
 from dfc_lightning.settling.steady_state import SteadyState
 
@@ -44,8 +45,8 @@ class End(NamedTuple):
     """x_i, one (B, n_i) a layer."""
     integral: Tensor
     """u_int, (B, n_L)."""
-    heard: Tensor
-    """w, (B, n_L)."""
+    heard: Tensor | None
+    """w, (B, n_L), where it is not u itself."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ class Trajectory(Simulation):
         counted = settled.counted(drop_unconverged) & torch.isfinite(area).all(1)
 
         at_rest = steady.response.where(counted)
-        signals = postsynaptic(chain, activity, at_rest, plasticity)
-        for signal, slope, apical, late in zip(signals, activity.slopes, chain.apical(area), tail):
+        signals = []
+        for signal, slope, apical, late in zip(
+            postsynaptic(chain, activity, at_rest, plasticity), activity.slopes, chain.apical(area), tail
+        ):
             transient = apical - late if plasticity == "voltage_difference" else slope * (apical - late)
-            signal.mul_(self.steps).add_(torch.where(counted.unsqueeze(1), transient, 0.0))
+            signals.append(self.steps * signal + torch.where(counted.unsqueeze(1), transient, 0.0))
         return settled, chain.outer(signals, presynaptic(activity, at_rest), 1 / (self.steps + 1))
 
     @property
@@ -134,12 +137,12 @@ class Trajectory(Simulation):
 
     @property
     def _somatic(self) -> float:
-        """a."""
+        """A."""
         return 1.0 if self.instant_system else self.dt / self.tau_ratio
 
     @property
     def _somatic_lag(self) -> float:
-        """c."""
+        """C."""
         return (1 - self._somatic) / self._somatic
 
     @property
@@ -163,24 +166,37 @@ class Trajectory(Simulation):
         leaking, share = (u, 1.0)
         if controller.leak == "integral":
             leaking, share = end.integral, 1 / (1 + controller.alpha * controller.k_p)
-        missed = (1 - self._apical) / self._apical * end.heard
-        if not self.proactive:
-            missed = missed + u
+        missed = torch.zeros_like(u) if self.proactive else u
+        if end.heard is not None:
+            missed = missed + (1 - self._apical) / self._apical * end.heard
         right = response.rates[-1] + chain.linear_response(activity.slopes, tail)
         right = right + share * (controller.alpha * leaking - end.integral / self.dt)
         right = right - controller.steady_leakage * missed
-        # Lemma 1 with another right-hand side.
-        solved = Linearized().settle(chain, activity, right, controller)
-        return solved.control, solved.converged
+        return self._lemma(chain, activity, controller, right)
 
-    def _end(
-        self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, steady: Settled
-    ) -> End:
+    def _lemma(
+        self, chain: Chain, activity: Activity, controller: PIController, right: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(JQ + α̃ I)⁻¹ ``right``, and for which samples; less exact than the steady state by as much as it is less."""
+
+        def missing(u: Tensor) -> Tensor:
+            change = chain.linear_response(activity.slopes, chain.apical(u))
+            return right - change - controller.steady_leakage * u
+
+        inverse = mean_field_inverse(chain, activity, controller.steady_leakage)
+        root = find_root(missing, inverse.step(right), inverse, right, 10 * self.rtol, self._steady.max_iterations)
+        if root.converged.all():
+            return root.u, root.converged
+        late = ~root.converged
+        solved = Linearized().settle(chain, activity.samples(late), right[late], controller)
+        return root.u.index_put((late,), solved.control), root.converged.index_put((late,), solved.converged)
+
+    def _end(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, steady: Settled) -> End:
         u, response, leakage = steady.control, steady.response, controller.steady_leakage
         somatic = [basal + driven for basal, driven in zip(response.basal, response.driven)]
         integral = u - controller.k_p * leakage * u
         if self.settled:
-            return End(steady, somatic, integral, u)
+            return End(steady, somatic, integral, u if self.apical_tau is not None else None)
 
         require(
             chain.widths[-1] <= DENSE_UP_TO,
@@ -189,9 +205,11 @@ class Trajectory(Simulation):
             f"the exact last state of {chain.widths[-1]} outputs takes too much memory (at most {DENSE_UP_TO}); "
             "use settled=True, or Euler(...)",
         )
-        left = self._left(chain, activity, controller, [-integral, *[-u] * (chain.depth + 2)])
-        u, integral, heard = u + left[1], integral + left[0], u + left[2]
-        slopes, lagging = activity.slopes, left[3:]
+        filters = chain.depth if self.apical_tau is None else chain.depth + 1
+        left = self._left(chain, activity, controller, [-integral, -u, *[-u] * filters])
+        slopes, lagging = activity.slopes, left[2 : 2 + chain.depth]
+        heard = None if self.apical_tau is None else u + left[-1]
+        integral, u = integral + left[0], u + left[1]
         # x_i = Σ_k W_i D_{i−1} … W_{k+1} D_k Q_k s_{i−k+1}, s_m the control as m somata in a row have filtered it:
         # for each m the layers beyond still need, one set of rows through the network.
         rows = lagging @ chain.feedback[0].T
@@ -216,7 +234,10 @@ class Trajectory(Simulation):
         return End(Settled(u, response, residual, converged, self.steps), somatic, integral, heard)
 
     def _left(self, chain: Chain, activity: Activity, controller: PIController, start: list[Tensor]) -> Tensor:
-        """Distances from the settled state after ``steps`` steps, (L + 3, B, n_L): of u_int, u, w and s_1 … s_L."""
+        """What is left after ``steps`` steps of distances from the settled state: of u_int, u, s_1 … s_L and maybe w.
+
+        Stacked, (L + 2, B, n_L) or with w one more.
+        """
         jacobians = chain.jacobians(activity.slopes)
         gains = [j @ q for j, q in zip(jacobians, chain.feedback)]
         blocks, (batch, n) = len(start), start[0].shape
@@ -233,15 +254,19 @@ class Trajectory(Simulation):
 
     def _advance(self, state: list[Tensor], gains: list[Tensor], controller: PIController) -> list[Tensor]:
         """One step of the linear dynamics about the settled state, as :class:`Dynamics` makes it."""
-        integral, u, heard, *somata = state
+        integral, u, *somata = state
+        filtered = [somata.pop()] if self.apical_tau is not None else []
         # δr_L = Σ_k J_k Q_k s_{L−k+1}
         error = -torch.stack([gain @ s for gain, s in zip(gains, reversed(somata))]).sum(0)
         leak = integral if controller.leak == "integral" else u
         integral = integral + self.dt * (error - controller.alpha * leak)
-        before, u = u, integral + controller.k_p * error
-        heard = torch.lerp(heard.expand_as(u), (u if self.proactive else before).expand_as(u), self._apical)
-        arriving, moved = heard, []
-        for s in somata:
-            moved.append(torch.lerp(s.expand_as(arriving), arriving, self._somatic))
-            arriving = s.expand_as(heard) if self._delayed else moved[-1]
-        return [integral, u, heard, *moved]
+        before, u = u.expand_as(integral), integral + controller.k_p * error
+        arriving = u if self.proactive else before
+        if filtered:
+            arriving = torch.lerp(filtered[0].expand_as(u), arriving, self._apical)
+            filtered = [arriving]
+        moved = []
+        for s in (s.expand_as(u) for s in somata):
+            moved.append(torch.lerp(s, arriving, self._somatic))
+            arriving = s if self._delayed else moved[-1]
+        return [integral, u, *moved, *filtered]

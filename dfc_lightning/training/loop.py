@@ -16,6 +16,7 @@ from lightning.pytorch.loops.optimization.automatic import _OUTPUTS_TYPE, _Autom
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 
 class DFCOptimizerLoop(_AutomaticOptimization):
@@ -133,3 +134,18 @@ def _private_copy(loader: Any) -> Any:
     clone = copy.copy(loader)
     clone._iterator = None
     return clone
+
+
+@contextlib.contextmanager
+def silenced(module: pl.LightningModule) -> Iterator[None]:
+    """Let ``self.log`` do nothing, and leave the module's metrics as they were."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    before = [m._copy_state_dict() | {"_update_count": m._update_count, "_computed": m._computed} for m in metrics]
+    module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del module.__dict__["log"]
+        for metric, state in zip(metrics, before):
+            for name, value in state.items():
+                setattr(metric, name, value)

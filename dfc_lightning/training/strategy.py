@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torchmetrics import Metric
-from typing_extensions import override
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from dfc_lightning.autograd import Lesson, LossReduction
-from dfc_lightning.control.checks import ControlError, require
-from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
-from dfc_lightning.control.network import ControlledNetwork
-from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning
-from dfc_lightning.rules.dfc import DFC
+from dfc_lightning.autograd import LossReduction
+from dfc_lightning.control.feedback import FeedbackInit
+from dfc_lightning.feedback_learning.learner import FeedbackLearning
 from dfc_lightning.rules.rule import LearningRule
-from dfc_lightning.training.loop import (
-    DFCOptimizerLoop,
-    fast_forward,
-    is_compiled,
-    step_arguments,
-    takes_loader_iterator,
-    training_batches,
-)
-from dfc_lightning.training.stages import FeedbackStages
-
-CHECKPOINT_KEY = "dfc_lightning"
+from dfc_lightning.training.controlled import ControlledTraining
 
 
-class DFCStrategy(SingleDeviceStrategy):
+class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
     """Trains on one device by a rule that replaces backpropagation.
 
     The module stays as it is: its ``training_step`` returns a loss, its optimizer and schedulers do what they do.
@@ -68,18 +47,7 @@ class DFCStrategy(SingleDeviceStrategy):
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.rule: LearningRule = DFC() if rule is None else rule
-        self.learning = feedback or (FeedbackLearning() if self.rule.learns_feedback else None)
-        self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
-        self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
-        require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
-        self.network: ControlledNetwork | None = None
-        self.learner: FeedbackLearner | None = None
-        self.stages: FeedbackStages | None = None
-        self.lesson: Lesson | None = None
-        self._trainer: pl.Trainer | None = None
-        Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
+        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed)
 
     # One device, whichever the trainer has chosen
 
@@ -95,220 +63,48 @@ class DFCStrategy(SingleDeviceStrategy):
         if len(devices) > 1:
             raise ValueError(
                 f"devices={len(devices)} is not possible with DFCStrategy, which trains on one device: give "
-                "Trainer(devices=1)."
+                "Trainer(devices=1), or strategy='dfc_ddp' to train on all of them."
             )
         self._root_device = torch.device(devices[0])
 
-    # Setting up
 
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._check(trainer)
-        super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        module = self.lightning_module
-        assert module is not None
-        another, self._trainer = self._trainer is not trainer, trainer
-        if self.network is None or self.network.module is not module:
-            self._take_control(module)
-        elif another and self.stages is not None:
-            self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
-        DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
+class DFCDDPStrategy(ControlledTraining, DDPStrategy):
+    """Trains on several devices, a process each, as :class:`DFCStrategy` does on one.
 
-    def _check(self, trainer: pl.Trainer) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if not module.automatic_optimization:
-            raise ControlError(
-                f"{type(module).__name__} has automatic_optimization=False. Feedback control replaces what "
-                "loss.backward() computes inside Lightning's automatic optimization; let training_step return the "
-                "loss and leave the optimizer steps to Lightning."
-            )
-        if is_compiled(module):
-            raise ControlError(
-                f"{type(module).__name__} is compiled. Compiled modules run past the hooks that feedback control "
-                "needs, and would be trained by backprop; pass the module uncompiled."
-            )
-        ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
+    Forward updates are averaged in DistributedDataParallel's own buckets, the feedback weights' gradients in one flat
+    reduction; noise is drawn for the global batch and dealt to the ranks. So n processes equal one on the joint batch,
+    where the ranks' batches are of equal size.
 
-    def _take_control(self, module: pl.LightningModule) -> None:
-        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, self.seed)
-        self._set_up_feedback(self.network)
+    Args:
+        rule: the learning rule; None for ``DFC()``.
+        feedback: when and how the feedback weights learn; see :class:`DFCStrategy`.
+        network: name of the submodule to control; None if all trainable parameters are of the controlled chain.
+        feedback_init: initial feedback weights; None for what the rule is meant to have.
+        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
+        seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
+            ``seed_everything`` of the first process.
+        **kwargs: arguments of Lightning's ``DDPStrategy``.
+    """
 
-    def _set_up_feedback(self, network: ControlledNetwork) -> None:
-        self.learner = self.stages = None
-        if self.learning is not None:
-            self.learner = FeedbackLearner(network, self.learning, network.seed)
-            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed)
+    strategy_name = "dfc_ddp"
 
-    @override
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        try:
-            super().setup_optimizers(trainer)
-        except RuntimeError as error:  # Lightning's own remedy is manual optimization, which is none here
-            if "multiple optimizers" not in str(error):
-                raise
-            raise ControlError(
-                "configure_optimizers returned several optimizers. Feedback control works with one; put the parameters "
-                "into one optimizer, in groups if their settings differ."
-            ) from error
-
-    @override
-    def on_train_start(self) -> None:
-        assert self._trainer is not None
-        super().on_train_start()
-        if takes_loader_iterator(self._trainer):
-            raise ControlError(
-                "training_step takes a dataloader_iter. Feedback passes need batches: give training_step the "
-                "arguments (batch, batch_idx)."
-            )
-        fast_forward(self._trainer)
-
-    # A training step
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.network is not None
-        self.lesson = None
-        try:
-            with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
-                output = super().training_step(*args, **kwargs)
-                if output is None:
-                    raise _BatchSkipped
-        except _BatchSkipped:
-            return None
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if isinstance(loss, Tensor):
-            if not loss.requires_grad:
-                raise _loss_is_deaf()
-            lesson.watch(loss)
-        self.lesson = lesson
-        return output
-
-    @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        if self.lesson is not None and not self.lesson.taught:
-            raise _loss_is_deaf()
-
-    # Feedback learning
-
-    def _before_batch(self) -> None:
-        if self.stages is not None and self._trainer is not None:
-            trainer = self._trainer
-            self.stages.run(trainer, lambda: training_batches(trainer), self._log_feedback)
-
-    def _after_batch(self, batch_idx: int) -> None:
-        assert self._trainer is not None and self.network is not None
-        settled = getattr(self.lesson.update, "settled", None) if self.lesson is not None else None
-        if settled is not None and self._logs_at(self._trainer.fit_loop.total_batch_idx):
-            residual = torch.nan_to_num(settled.residual, posinf=float("nan"))
-            self._log(
-                {
-                    "settling/converged": settled.converged.float().mean(),
-                    "settling/residual": residual.nanmedian(),
-                    "settling/iterations": float(settled.iterations),
-                },
-                self._trainer.global_step,
-            )
-        every = self.learning.every_n_batches if self.learning is not None else 0
-        if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
-            assert self.lesson.activity is not None
-            with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
-                activity = self.network.chain().feedforward(self.lesson.activity.x)
-                self._log_feedback(self.learner.step(activity))
-
-    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
-        module, network, learner = self.lightning_module, self.network, self.learner
-        assert module is not None and network is not None and learner is not None and self._trainer is not None
-        arguments = step_arguments(self._trainer, batch, batch_idx)
-
-        def run() -> None:
-            if module.training_step(*arguments) is None:
-                raise _BatchSkipped
-
-        try:
-            with torch.no_grad(), self.precision_plugin.train_step_context(), _silenced(module):
-                activity = network.observing(run)
-        except _BatchSkipped:
-            return {}
-        return learner.step(activity, initial)  # outside the context: no autocast in the simulation
-
-    def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
-        assert self.learner is not None
-        if metrics and self._logs_at(self.learner.steps - 1):
-            named = {f"feedback/{name}": value for name, value in metrics.items()}
-            self._log({**named, "feedback/step": float(self.learner.steps)}, self.learner.steps)
-
-    def _logs_at(self, step: int) -> bool:
-        assert self._trainer is not None
-        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (step + 1) % every == 0
-
-    def _log(self, metrics: Mapping[str, Tensor | float], step: int) -> None:
-        assert self._trainer is not None
-        for logger in self._trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)
-
-    # Checkpoints
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.network is not None:
-            checkpoint[CHECKPOINT_KEY] = {
-                "seed": self.network.seed,
-                "feedback": self.network.state_dict(),
-                "learner": None if self.learner is None else self.learner.state_dict(),
-                "stages": None if self.stages is None else self.stages.progress.state_dict(),
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
-            assert self.lightning_module is not None
-            self._take_control(self.lightning_module)
-            rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
-            return
-        assert self.network is not None
-        self.network.load_state_dict(state["feedback"])
-        if self.seed is None:
-            self.network.seed = state["seed"]
-        self._set_up_feedback(self.network)
-        if self.learner is not None and state["learner"] is not None:
-            self.learner.load_state_dict(state["learner"])
-        if self.stages is not None and state["stages"] is not None:
-            self.stages.progress.load_state_dict(state["stages"])
+    def __init__(
+        self,
+        rule: LearningRule | None = None,
+        feedback: FeedbackLearning | None = None,
+        network: str | None = None,
+        feedback_init: FeedbackInit | None = None,
+        loss_reduction: LossReduction = "mean",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, **kwargs)
 
 
-StrategyRegistry.register("dfc", DFCStrategy, description="Deep Feedback Control on one device", override=True)
+def _register(name: str, strategy: type, description: str, **arguments: Any) -> None:
+    StrategyRegistry.register(name, strategy, description=description, override=True, **arguments)
 
 
-def _loss_is_deaf() -> ControlError:
-    return ControlError(
-        "The loss does not depend on the network's output, so that nothing can be learned from it. Return from "
-        "training_step a loss computed, without detach(), from what the network returned."
-    )
-
-
-class _BatchSkipped(Exception):
-    """The module's ``training_step`` returned None, by which Lightning skips a batch."""
-
-
-@contextlib.contextmanager
-def _silenced(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` do nothing, and leave the module's metrics as they were."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    before = [m._copy_state_dict() | {"_update_count": m._update_count, "_computed": m._computed} for m in metrics]
-    module.__dict__["log"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del module.__dict__["log"]
-        for metric, state in zip(metrics, before):
-            for name, value in state.items():
-                setattr(metric, name, value)
+_register("dfc", DFCStrategy, "Deep Feedback Control on one device")
+_register("dfc_ddp", DFCDDPStrategy, "Deep Feedback Control on several devices")
+_register("dfc_ddp_spawn", DFCDDPStrategy, "The same, with processes started by spawn", start_method="spawn")

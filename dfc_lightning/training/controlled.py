@@ -1,0 +1,279 @@
+"""What the strategies share: teaching in place of backprop, feedback stages, and their state in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from dfc_lightning.autograd import Lesson, LossReduction
+from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
+from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning, Ranks
+from dfc_lightning.rules.dfc import DFC
+from dfc_lightning.rules.rule import LearningRule
+from dfc_lightning.settling.settled import DIVERGED_BEYOND
+from dfc_lightning.training.loop import (
+    DFCOptimizerLoop,
+    fast_forward,
+    is_compiled,
+    silenced,
+    step_arguments,
+    takes_loader_iterator,
+    training_batches,
+)
+from dfc_lightning.training.stages import FeedbackStages
+
+CHECKPOINT_KEY = "dfc_lightning"
+
+
+class ControlledTraining(Strategy):
+    """A strategy, to be mixed with one of Lightning's, whose ``loss.backward()`` leaves a rule's update in ``.grad``.
+
+    Args:
+        rule: the learning rule; None for ``DFC()``.
+        feedback: when and how the feedback weights learn; None for ``FeedbackLearning()`` if the rule is one that
+            learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
+        network: name of the submodule to control; None if all trainable parameters are of the controlled chain.
+        feedback_init: initial feedback weights; None for what the rule is meant to have.
+        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
+        seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
+            ``seed_everything``.
+        **kwargs: for the strategy it is mixed with.
+    """
+
+    def __init__(
+        self,
+        rule: LearningRule | None = None,
+        feedback: FeedbackLearning | None = None,
+        network: str | None = None,
+        feedback_init: FeedbackInit | None = None,
+        loss_reduction: LossReduction = "mean",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.rule: LearningRule = DFC() if rule is None else rule
+        self.learning = feedback or (FeedbackLearning() if self.rule.learns_feedback else None)
+        self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
+        self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
+        require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
+        self.network: ControlledNetwork | None = None
+        self.learner: FeedbackLearner | None = None
+        self.stages: FeedbackStages | None = None
+        self.lesson: Lesson | None = None
+        self._trainer: pl.Trainer | None = None
+        Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
+
+    # Setting up
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check(trainer)
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        module = self.lightning_module
+        assert module is not None
+        another, self._trainer = self._trainer is not trainer, trainer
+        if self.network is None or self.network.module is not module:
+            self._take_control(module)
+        elif another and self.stages is not None:
+            self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
+        DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not module.automatic_optimization:
+            raise ControlError(
+                f"{type(module).__name__} has automatic_optimization=False. Feedback control replaces what "
+                "loss.backward() computes inside Lightning's automatic optimization; let training_step return the "
+                "loss and leave the optimizer steps to Lightning."
+            )
+        if is_compiled(module):
+            raise ControlError(
+                f"{type(module).__name__} is compiled. Compiled modules run past the hooks that feedback control "
+                "needs, and would be trained by backprop; pass the module uncompiled."
+            )
+        if self.feedback_init == "jacobian" and trainer.world_size > 1:
+            raise ControlError(
+                "feedback_init='jacobian' averages over the batch of one process, so that ranks would start with "
+                "different feedback weights. Choose another, e.g. feedback_init='weight_product'."
+            )
+        ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
+
+    def _take_control(self, module: pl.LightningModule) -> None:
+        seed = self.broadcast(torch.initial_seed()) if self.seed is None else self.seed
+        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, seed)
+        self._set_up_feedback(self.network)
+
+    def _set_up_feedback(self, network: ControlledNetwork) -> None:
+        self.learner = self.stages = None
+        if self.learning is not None:
+            self.learner = FeedbackLearner(network, self.learning, network.seed, self._ranks)
+            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed)
+
+    @property
+    def _ranks(self) -> Ranks:
+        assert self._trainer is not None
+        return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:  # Lightning's own remedy is manual optimization, which is none here
+            if "multiple optimizers" not in str(error):
+                raise
+            raise ControlError(
+                "configure_optimizers returned several optimizers. Feedback control works with one; put the parameters "
+                "into one optimizer, in groups if their settings differ."
+            ) from error
+
+    @override
+    def on_train_start(self) -> None:
+        assert self._trainer is not None
+        super().on_train_start()
+        if takes_loader_iterator(self._trainer):
+            raise ControlError(
+                "training_step takes a dataloader_iter. Feedback passes need batches: give training_step the "
+                "arguments (batch, batch_idx)."
+            )
+        fast_forward(self._trainer)
+
+    # A training step
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.network is not None
+        self.lesson = None
+        try:
+            with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
+                output = super().training_step(*args, **kwargs)
+                if output is None:
+                    raise _BatchSkipped
+        except _BatchSkipped:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor):
+            if not loss.requires_grad:
+                raise _loss_is_deaf()
+            lesson.watch(loss)
+        self.lesson = lesson
+        return output
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self.lesson is not None and not self.lesson.taught:
+            raise _loss_is_deaf()
+
+    # Feedback learning
+
+    def _before_batch(self) -> None:
+        if self.stages is not None and self._trainer is not None:
+            trainer = self._trainer
+            self.stages.run(trainer, lambda: training_batches(trainer), self._log_feedback)
+
+    def _after_batch(self, batch_idx: int) -> None:
+        assert self._trainer is not None and self.network is not None
+        settled = getattr(self.lesson.update, "settled", None) if self.lesson is not None else None
+        if settled is not None and self._logs_at(self._trainer.fit_loop.total_batch_idx):
+            residual = settled.residual.double().clamp_max(DIVERGED_BEYOND)
+            metrics = {
+                "settling/converged": settled.converged.double().mean(),
+                "settling/residual": residual.nan_to_num(DIVERGED_BEYOND).mean(),
+                "settling/iterations": settled.residual.new_tensor(settled.iterations, dtype=torch.float64),
+            }
+            self._log({name: self.reduce(value) for name, value in metrics.items()}, self._trainer.global_step)
+        every = self.learning.every_n_batches if self.learning is not None else 0
+        if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
+            assert self.lesson.activity is not None
+            with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
+                activity = self.network.chain().feedforward(self.lesson.activity.x)
+                self._log_feedback(self.learner.step(activity))
+
+    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
+        module, network, learner = self.lightning_module, self.network, self.learner
+        assert module is not None and network is not None and learner is not None and self._trainer is not None
+        arguments = step_arguments(self._trainer, batch, batch_idx)
+
+        def run() -> None:
+            if module.training_step(*arguments) is None:
+                raise _BatchSkipped
+
+        try:
+            with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
+                activity = network.observing(run)
+        except _BatchSkipped:
+            return {}
+        return learner.step(activity, initial)  # outside the context: no autocast in the simulation
+
+    def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
+        assert self.learner is not None
+        if metrics and self._logs_at(self.learner.steps - 1):
+            named = {f"feedback/{name}": value for name, value in metrics.items()}
+            self._log({**named, "feedback/step": float(self.learner.steps)}, self.learner.steps)
+
+    def _logs_at(self, step: int) -> bool:
+        assert self._trainer is not None
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (step + 1) % every == 0
+
+    def _log(self, metrics: Mapping[str, Tensor | float], step: int) -> None:
+        assert self._trainer is not None
+        for logger in self._trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)
+
+    # Checkpoints
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.network is not None:
+            checkpoint[CHECKPOINT_KEY] = {
+                "seed": self.network.seed,
+                "feedback": self.network.state_dict(),
+                "learner": None if self.learner is None else self.learner.state_dict(),
+                "stages": None if self.stages is None else self.stages.progress.state_dict(),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            assert self.lightning_module is not None
+            self._take_control(self.lightning_module)
+            rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
+            return
+        assert self.network is not None
+        self.network.load_state_dict(state["feedback"])
+        if self.seed is None:
+            self.network.seed = state["seed"]
+        self._set_up_feedback(self.network)
+        if self.learner is not None and state["learner"] is not None:
+            self.learner.load_state_dict(state["learner"])
+        if self.stages is not None and state["stages"] is not None:
+            self.stages.progress.load_state_dict(state["stages"])
+
+
+def _loss_is_deaf() -> ControlError:
+    return ControlError(
+        "The loss does not depend on the network's output, so that nothing can be learned from it. Return from "
+        "training_step a loss computed, without detach(), from what the network returned."
+    )
+
+
+class _BatchSkipped(Exception):
+    """The module's ``training_step`` returned None, by which Lightning skips a batch."""
