@@ -251,7 +251,7 @@ def test_diverged_samples_give_no_update_and_leave_the_others_theirs(
         mine = flat(rule.teach(alone.chain, alone.activity, alone.loss_grad))
         assert mine.any()
         total += mine
-    assert torch.allclose(flat(update), total / 5, rtol=1e-10 if dtype == torch.float64 else 1e-4, atol=1e-6)
+    assert close(flat(update), total / 5, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
 SELECTIVE = {

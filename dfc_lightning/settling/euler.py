@@ -11,7 +11,7 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynaptic
+from dfc_lightning.control.plasticity import Plasticity, postsynaptic
 from dfc_lightning.settling.dynamics import Dynamics, TimeStep
 from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
 
@@ -86,20 +86,23 @@ class Euler(Simulation):
 
         def integrate(keep: Tensor) -> tuple[Settled, Products]:
             samples, target = activity.samples(keep), offset[keep]
-            weights = [torch.zeros_like(w) for w in chain.weights]
-            biases = [w.new_zeros(w.shape[0]) for w in chain.weights]
+            posts = [torch.zeros_like(v) for v in samples.v]
+            moving = [torch.zeros_like(w) for w in chain.weights[1:]]
 
             def add(dynamics: Dynamics) -> None:
-                trail = dynamics.trail()
-                signals = postsynaptic(chain, samples, trail, plasticity)
-                heard = presynaptic(samples, trail)
-                for w, b, t, r in zip(weights, biases, signals, heard):
-                    w.addmm_(t.T, r)
-                    b.add_(t.sum(0))
+                signals = postsynaptic(chain, samples, dynamics.trail(), plasticity)
+                for post, t in zip(posts, signals):
+                    post.add_(t)
+                for w, t, moved in zip(moving, signals[1:], dynamics.rates):
+                    w.addmm_(t.T, moved)
 
             settled = self._run(chain, samples, target, controller, add, self._noise(seed, offset, keep))
+            # r = r⁻ + δr: what is presynaptic but does not move is multiplied once, at the end.
             mean = 1 / (self.steps + 1)
-            return settled, ([w * mean for w in weights], [b * mean for b in biases])
+            weights, biases = chain.outer(posts, samples.presynaptic(), mean)
+            for w, part in zip(weights[1:], moving):
+                w.add_(part, alpha=mean)
+            return settled, (weights, biases)
 
         settled, products = integrate(torch.ones_like(offset[:, 0], dtype=torch.bool))
         counted = settled.counted(drop_unconverged)
