@@ -19,7 +19,7 @@ where m = Σ_t (u − w) is what the apical compartments have missed: nothing wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,9 @@ class Trajectory(Simulation):
     """What :class:`Euler` of the same arguments computes, without its steps.
 
     The steady state is solved and stands for the whole of the time; only the area of the transient that leads to it
-    is linearised. So the integrated update is exact as λ → 0, and as T → ∞ for any λ.
+    is linearised. So the integrated update is exact as λ → 0, and as T → ∞ for any λ. Relative error against 1000
+    steps of 0.02, tanh 20-16-16-16-10 with cross-entropy: 2e-5 at λ = 6e-4 (5e-6 unless ``settled``), 5e-4 at 0.08,
+    6e-3 at 1, where the last state's update, DFC-SS, is 3e-2 off at any λ. Widths 6-5-4-3, squared error: 2e-2 at 1.
 
     Args:
         steps: T, the number of steps.
@@ -65,7 +67,7 @@ class Trajectory(Simulation):
         instant_system: somata follow their compartments at once.
         proactive: the apical compartments hear the control of this step, not of the last.
         settled: take the network as settled after T steps. Else what is left of the transient by then is computed,
-            from the T-th power of a matrix of some (L + 3) n_L rows a sample: outputs up to ``DENSE_UP_TO`` only.
+            from the T-th power of a matrix of (L + 2) n_L rows a sample: outputs up to ``DENSE_UP_TO`` only.
             Where the dynamics do not come to rest (Condition 3 broken), only this shows it.
         rtol: relative residual of the steady state to reach.
         tolerance: as in :class:`Euler`; used unless ``settled``, where ``rtol`` alone decides on convergence.
@@ -87,7 +89,7 @@ class Trajectory(Simulation):
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "take at least one step")
         self.time_step  # noqa: B018  checks the step against the time constants
-        self._steady  # noqa: B018  checks rtol
+        SteadyState(self.rtol)  # checks it
 
     @property
     def time_step(self) -> TimeStep:
@@ -103,7 +105,8 @@ class Trajectory(Simulation):
 
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """The last state, or the one it tends to if taken as ``settled``; see :class:`Settling`."""
-        return self._end(chain, activity, offset, controller, self._solve(chain, activity, offset, controller)).settled
+        steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
+        return self._end(chain, activity, offset, controller, steady).settled
 
     def settle_and_integrate(
         self,
@@ -115,11 +118,11 @@ class Trajectory(Simulation):
         drop_unconverged: bool,
     ) -> tuple[Settled, Products]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
-        steady = self._solve(chain, activity, offset, controller)
+        steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
         end = self._end(chain, activity, offset, controller, steady)
-        settled, tail = end.settled, [self._somatic_lag * x for x in end.somatic]
+        tail = [(1 - self._somatic) / self._somatic * x for x in end.somatic]
         area, found = self._area(chain, activity, controller, end, tail)
-        settled.converged &= found
+        settled = replace(end.settled, converged=end.settled.converged & found)
         counted = settled.counted(drop_unconverged) & torch.isfinite(area).all(1)
 
         at_rest = steady.response.where(counted)
@@ -132,29 +135,18 @@ class Trajectory(Simulation):
         return settled, chain.outer(signals, presynaptic(activity, at_rest), 1 / (self.steps + 1))
 
     @property
-    def _steady(self) -> SteadyState:
-        return SteadyState(rtol=self.rtol)
-
-    @property
     def _somatic(self) -> float:
-        """A."""
+        """The share of the way to its compartments that a soma goes in a step, a."""
         return 1.0 if self.instant_system else self.dt / self.tau_ratio
 
     @property
-    def _somatic_lag(self) -> float:
-        """C."""
-        return (1 - self._somatic) / self._somatic
-
-    @property
     def _apical(self) -> float:
+        """The same of the apical compartments."""
         return 1.0 if self.apical_tau is None else self.dt / self.apical_tau
 
     @property
     def _delayed(self) -> bool:
         return not (self.instant_transmission or self.instant_system)
-
-    def _solve(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
-        return self._steady.settle(chain, activity, offset, controller)
 
     def _area(
         self, chain: Chain, activity: Activity, controller: PIController, end: End, tail: list[Tensor]
@@ -163,7 +155,7 @@ class Trajectory(Simulation):
         u, response = end.settled.control, end.settled.response
         if self._delayed:  # the last rates have not yet arrived anywhere
             tail = [late + basal for late, basal in zip(tail, response.basal)]
-        leaking, share = (u, 1.0)
+        leaking, share = u, 1.0
         if controller.leak == "integral":
             leaking, share = end.integral, 1 / (1 + controller.alpha * controller.k_p)
         missed = torch.zeros_like(u) if self.proactive else u
@@ -177,14 +169,14 @@ class Trajectory(Simulation):
     def _lemma(
         self, chain: Chain, activity: Activity, controller: PIController, right: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(JQ + α̃ I)⁻¹ ``right``, and for which samples; less exact than the steady state by as much as it is less."""
+        """(JQ + α̃ I)⁻¹ ``right``, and for which samples; a small correction, so found to ten times ``rtol`` only."""
 
         def missing(u: Tensor) -> Tensor:
             change = chain.linear_response(activity.slopes, chain.apical(u))
             return right - change - controller.steady_leakage * u
 
         inverse = mean_field_inverse(chain, activity, controller.steady_leakage)
-        root = find_root(missing, inverse.step(right), inverse, right, 10 * self.rtol, self._steady.max_iterations)
+        root = find_root(missing, inverse.step(right), inverse, right, 10 * self.rtol, 20)
         if root.converged.all():
             return root.u, root.converged
         late = ~root.converged
@@ -202,7 +194,7 @@ class Trajectory(Simulation):
             chain.widths[-1] <= DENSE_UP_TO,
             "settled",
             self.settled,
-            f"the exact last state of {chain.widths[-1]} outputs takes too much memory (at most {DENSE_UP_TO}); "
+            f"with {chain.widths[-1]} outputs, more than {DENSE_UP_TO}, the exact last state takes too much memory; "
             "use settled=True, or Euler(...)",
         )
         filters = chain.depth if self.apical_tau is None else chain.depth + 1
@@ -218,12 +210,12 @@ class Trajectory(Simulation):
             rows = (rows[1:] * slopes[i - 1]) @ chain.weights[i].T + lagging[: len(rows) - 1] @ chain.feedback[i].T
             somatic[i] = somatic[i] + rows[0]
 
-        basal, rates = [response.basal[0]], []
+        basal, rates = [response.basal[0]], list[Tensor]()
         for i, (phi, x) in enumerate(zip(chain.nonlinearities, somatic)):
             if i:
                 basal.append(rates[-1] @ chain.weights[i].T)
             rates.append(phi.difference(activity.v[i], activity.r[i], x, slopes[i]))
-        response = Response(basal, [x - b for x, b in zip(somatic, basal)], rates)
+        response = Response(basal, [x - b for x, b in zip(somatic, basal)], rates, delayed=self._delayed)
         error = offset - rates[-1]
         missing = torch.linalg.vector_norm(error - leakage * u, dim=1)
         near = missing < self.tolerance * torch.linalg.vector_norm(activity.output, dim=1)
