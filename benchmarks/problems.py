@@ -62,7 +62,7 @@ class Problem:
         with self.network.taught_by(rule) as lesson:
             loss = self.loss(self.network(self.x), self.y)
         loss.backward()
-        return lesson.update.settled
+        return lesson.settled
 
     def gradient(self, rule: LearningRule | None) -> Tensor:
         """All of ``.grad`` after an update, in one vector."""

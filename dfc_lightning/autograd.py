@@ -49,7 +49,8 @@ class Lesson:
         self.rule, self.loss_reduction = rule, loss_reduction
         self.activity: Activity | None = None
         self.chain: Chain | None = None
-        self.update: Any = None
+        self.settled: Any = None  # the settled network, where the rule has one
+        self._taught = False
         self._points: Sequence[ControlPoint] = ()
         self._scale: Tensor | None = None
         self._versions: list[int] = []
@@ -71,7 +72,7 @@ class Lesson:
     @property
     def taught(self) -> bool:
         """Whether a backward pass has reached the network's output."""
-        return self.update is not None
+        return self._taught
 
     def open(self, activity: Activity, chain: Chain, points: Sequence[ControlPoint], output: Tensor) -> Tensor:
         """Put the gate on the network's output, (B, n_L).
@@ -104,13 +105,14 @@ class Lesson:
         share = samples if self.loss_reduction == "mean" else 1
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
-            self.update = self.rule.teach(chain, activity, loss_grad)
+            update = self.rule.teach(chain, activity, loss_grad)
+            self.settled, self._taught = getattr(update, "settled", None), True
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
             gradients = []
-            for point, weight, bias in zip(self._points, self.update.weights, self.update.biases):
+            for point, weight, bias in zip(self._points, update.weights, update.biases):
                 for parameter, value in zip(point.parameters, (weight, bias)):
-                    gradients.append((value * factor).to(parameter.dtype))
+                    gradients.append(value.mul_(factor).to(parameter.dtype))
         return gradients
 
 

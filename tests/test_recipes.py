@@ -11,7 +11,7 @@ pytest.importorskip("jsonargparse")
 from dfc_lightning import DFA, DFC, DFCStrategy, Sampled
 from dfc_lightning.cli import RecipeCLI, main
 from dfc_lightning.models import Autoencoder, Classifier
-from dfc_lightning.settling import Euler, Linearized, SteadyState
+from dfc_lightning.settling import Linearized, SteadyState, Trajectory
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
@@ -110,7 +110,7 @@ def test_every_recipe_builds_its_net_its_rule_and_its_data(built, name):
     if rule == "dfa":
         assert strategy.learning is None and strategy.feedback_init == "xavier_normal"
     elif task != "digits":
-        settling = {"dfc": Euler, "dfc_ssa": Linearized}.get(rule, SteadyState)
+        settling = {"dfc": Trajectory, "dfc_ssa": Linearized}.get(rule, SteadyState)
         assert type(strategy.rule.settling) is settling and strategy.rule.integrate == (rule == "dfc")
         assert strategy.rule.controller.leak == "control"
         fixed = rule == "dfc_fixed"

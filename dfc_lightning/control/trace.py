@@ -152,7 +152,7 @@ def _is_elementwise(phi: Nonlinearity, v: Tensor, r: Tensor) -> bool:
     """φ(v) is r, and an entry of φ(v) depends on nothing but its own entry of v."""
     with torch.no_grad():
         rtol, atol = (2e-2, 2e-2) if v.dtype.itemsize < 4 else (1e-4, 1e-6)
-        if not torch.allclose(phi(v), r.to(v.dtype), rtol, atol):
+        if not torch.allclose(phi(v), r.to(v.dtype), rtol, atol, equal_nan=True):
             return False
         if not isinstance(phi, Elementwise):
             return True
@@ -160,6 +160,8 @@ def _is_elementwise(phi: Nonlinearity, v: Tensor, r: Tensor) -> bool:
             place = torch.arange(size, device=v.device).unsqueeze(1 - dim).expand_as(v)
             for bit in range((size - 1).bit_length()):  # two different places differ in one of these
                 for keep in (half := (place >> bit) % 2 == 0, ~half):
-                    if not torch.allclose(phi(torch.where(keep, v, 0.3 - v))[keep], r.to(v.dtype)[keep], rtol, atol):
+                    if not torch.allclose(
+                        phi(torch.where(keep, v, 0.3 - v))[keep], r.to(v.dtype)[keep], rtol, atol, equal_nan=True
+                    ):
                         return False
     return True

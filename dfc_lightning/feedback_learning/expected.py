@@ -22,7 +22,7 @@ from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.feedback_learning.sampled import Noise, Sampled
 
-CLOSED_FORM_UP_TO = 64
+CLOSED_FORM_UP_TO = 20
 """Widest output for which the n_L × n_L responses of each sample are formed; wider ones are sampled."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLea
 from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.settling.settled import DIVERGED_BEYOND
+from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
 from dfc_lightning.training.loop import (
     DFCOptimizerLoop,
     fast_forward,
@@ -31,8 +33,6 @@ from dfc_lightning.training.loop import (
     training_batches,
 )
 from dfc_lightning.training.stages import FeedbackStages
-
-CHECKPOINT_KEY = "dfc_lightning"
 
 
 class ControlledTraining(Strategy):
@@ -71,6 +71,7 @@ class ControlledTraining(Strategy):
         self.stages: FeedbackStages | None = None
         self.lesson: Lesson | None = None
         self._trainer: pl.Trainer | None = None
+        self._before_loading: dict[str, Any] | None = None  # the module's state, until a checkpoint is loaded
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
@@ -100,11 +101,7 @@ class ControlledTraining(Strategy):
                 "loss.backward() computes inside Lightning's automatic optimization; let training_step return the "
                 "loss and leave the optimizer steps to Lightning."
             )
-        if is_compiled(module):
-            raise ControlError(
-                f"{type(module).__name__} is compiled. Compiled modules run past the hooks that feedback control "
-                "needs, and would be trained by backprop; pass the module uncompiled."
-            )
+        _refuse_compiled(module)
         if self.feedback_init == "jacobian" and trainer.world_size > 1:
             raise ControlError(
                 "feedback_init='jacobian' averages over the batch of one process, so that ranks would start with "
@@ -144,6 +141,7 @@ class ControlledTraining(Strategy):
     def on_train_start(self) -> None:
         assert self._trainer is not None
         super().on_train_start()
+        self._before_loading = None
         if takes_loader_iterator(self._trainer):
             raise ControlError(
                 "training_step takes a dataloader_iter. Feedback passes need batches: give training_step the "
@@ -181,21 +179,24 @@ class ControlledTraining(Strategy):
     # Feedback learning
 
     def _before_batch(self) -> None:
+        assert self.lightning_module is not None
+        _refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
         if self.stages is not None and self._trainer is not None:
             trainer = self._trainer
-            self.stages.run(trainer, lambda: training_batches(trainer), self._log_feedback)
+            self.stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
 
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None
-        settled = getattr(self.lesson.update, "settled", None) if self.lesson is not None else None
+        settled = self.lesson.settled if self.lesson is not None else None
         if settled is not None and self._logs_at(self._trainer.fit_loop.total_batch_idx):
             residual = settled.residual.double().clamp_max(DIVERGED_BEYOND)
+            iterations = settled.residual.new_tensor(settled.iterations, dtype=torch.float64)
             metrics = {
-                "settling/converged": settled.converged.double().mean(),
-                "settling/residual": residual.nan_to_num(DIVERGED_BEYOND).mean(),
-                "settling/iterations": settled.residual.new_tensor(settled.iterations, dtype=torch.float64),
+                "settling/converged": self.reduce(settled.converged.double().mean()),
+                "settling/residual": self.reduce(residual.nan_to_num(DIVERGED_BEYOND).mean()),
+                "settling/iterations": self.reduce(iterations, reduce_op="max"),  # of a batch, as of its last sample
             }
-            self._log({name: self.reduce(value) for name, value in metrics.items()}, self._trainer.global_step)
+            self._log(metrics, self._trainer.global_step)
         every = self.learning.every_n_batches if self.learning is not None else 0
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
@@ -216,6 +217,11 @@ class ControlledTraining(Strategy):
             with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
                 activity = network.observing(run)
         except _BatchSkipped:
+            if self._trainer.world_size > 1:
+                raise ControlError(
+                    "training_step returned None. Among several processes no batch can be skipped, as the others "
+                    "would wait for this one; return a loss, or filter the data beforehand."
+                ) from None
             return {}
         return learner.step(activity, initial)  # outside the context: no autocast in the simulation
 
@@ -249,6 +255,31 @@ class ControlledTraining(Strategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(super().load_checkpoint, checkpoint_path, *args, **kwargs)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            if checkpoint.get(CHECKPOINT_KEY) is not None:
+                rehearse(checkpoint[CHECKPOINT_KEY], ControlledNetwork(module, self.network_name), self.learning)
+            self._before_loading = copy.deepcopy(module.state_dict())
+        super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._before_loading is not None and self.lightning_module is not None:
+            self.lightning_module.load_state_dict(self._before_loading)  # nothing of what could not be loaded whole
+        super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        self._before_loading = None
+        super().teardown()
+
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
@@ -266,6 +297,14 @@ class ControlledTraining(Strategy):
             self.learner.load_state_dict(state["learner"])
         if self.stages is not None and state["stages"] is not None:
             self.stages.progress.load_state_dict(state["stages"])
+
+
+def _refuse_compiled(module: pl.LightningModule) -> None:
+    if is_compiled(module):
+        raise ControlError(
+            f"{type(module).__name__} is compiled, or something in it is. Compiled modules run past the hooks that "
+            "feedback control needs, and would be trained by backprop; leave the module uncompiled until it is trained."
+        )
 
 
 def _loss_is_deaf() -> ControlError:

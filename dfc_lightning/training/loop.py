@@ -50,11 +50,16 @@ class DFCOptimizerLoop(_AutomaticOptimization):
         epoch_loop.automatic_optimization = self
 
 
-def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """A pass of its own over the training data, each batch converted and moved as for ``training_step``."""
+def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
+    """A pass of its own over the training data, each batch converted and moved as for ``training_step``.
+
+    Args:
+        trainer: the trainer.
+        number: of the pass; an epoch to samplers that order the data by epoch.
+    """
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
-    private = [_private_copy(loader) for loader in combined.flattened]
+    private = [_private_copy(loader, number) for loader in combined.flattened]
     module = trainer.lightning_module
     with _own_generators(private):
         if len(private) == 1 and combined.iterables is combined.flattened[0]:
@@ -94,6 +99,8 @@ def fast_forward(trainer: pl.Trainer) -> None:
     had = epoch_loop.batch_progress.current.completed + int(epoch_loop.restarted_on_train_batch_end)
     if had >= trainer.num_training_batches:
         return
+    for loader in combined.flattened:  # Lightning names the epoch to the samplers later
+        _set_epoch(loader, trainer.current_epoch)
     for _ in range(had):
         next(fetcher)
     fetcher.fetched -= had  # Lightning adds the batches of the epoch so far itself
@@ -127,13 +134,29 @@ def _samplers(loader: Any) -> list[Any]:
     return [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
 
 
-def _private_copy(loader: Any) -> Any:
-    """A loader over the same data with an iterator of its own, also where workers persist."""
+def _private_copy(loader: Any, number: int) -> Any:
+    """A loader over the same data with an iterator of its own, also where workers persist.
+
+    So are samplers that order the data by epoch, as those of several processes do: ``number`` is the epoch to them.
+    """
     if not isinstance(loader, DataLoader):
         return loader
     clone = copy.copy(loader)
     clone._iterator = None
+    if any(hasattr(sampler, "set_epoch") for sampler in _samplers(loader)):
+        data = (getattr(s, name, None) for s in _samplers(loader) for name in ("dataset", "data_source"))
+        shared = {id(d): d for d in (loader.dataset, *data)}
+        # A DataLoader forbids setting these, so past its __setattr__; copied together, as one holds the other.
+        copies = copy.deepcopy({"sampler": loader.sampler, "batch_sampler": loader.batch_sampler}, shared)
+        clone.__dict__.update(copies)
+        _set_epoch(clone, number)
     return clone
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    for sampler in _samplers(loader):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 @contextlib.contextmanager

@@ -62,12 +62,12 @@ class FeedbackStages:
         self.learning, self.learn, self.seed = learning, learn, seed
         self.progress = StageProgress()
 
-    def run(self, trainer: pl.Trainer, batches: Callable[[], Iterable[Any]], log: Callable[..., None]) -> None:
+    def run(self, trainer: pl.Trainer, batches: Callable[[int], Iterable[Any]], log: Callable[..., None]) -> None:
         """Run or finish what is due.
 
         Args:
             trainer: the trainer, in fit, with an epoch begun.
-            batches: makes a new pass over the training batches.
+            batches: makes a new pass over the training batches, given how many there were before.
             log: takes the metrics of a step.
         """
         progress = self.progress
@@ -84,7 +84,7 @@ class FeedbackStages:
         title: str,
         passes: int,
         initial: bool,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[int], Iterable[Any]],
         log: Callable[..., None],
     ) -> None:
         progress = self.progress
@@ -92,7 +92,7 @@ class FeedbackStages:
             label = f"{title} {progress.passes + 1}/{passes}"
             limit = trainer.num_training_batches
             with self._own_randomness(), stage_bar(trainer, label, limit, progress.batches) as advance:
-                for index, batch in enumerate(batches()):
+                for index, batch in enumerate(batches(progress.total_passes)):
                     if index >= limit:
                         break
                     if index < progress.batches:
