@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.nonlinearity import Nonlinearity
+from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
+
+WIDE = 64
+"""Outputs from which on an identity Q_L is worth looking for."""
 
 
 @dataclass
@@ -132,9 +135,19 @@ class Chain:
         """All Q_i one above the other, (Σ n_i, n_L)."""
         return torch.cat(self.feedback)
 
+    @cached_property
+    def plain_output(self) -> bool:
+        """Whether the output layer is linear and driven by the control itself, Q_L = I."""
+        q = self.feedback[-1]
+        linear = isinstance(self.nonlinearities[-1], Identity)
+        return linear and torch.equal(q, torch.eye(len(q), dtype=q.dtype, device=q.device))
+
     def apical(self, u: Tensor) -> list[Tensor]:
         """Apical voltages Q_i u of a control signal ``u``, (B, n_L)."""
-        return list((u @ self.stacked_feedback.T).split(self.widths, dim=1))
+        if self.widths[-1] <= WIDE or not self.plain_output:
+            return list((u @ self.stacked_feedback.T).split(self.widths, dim=1))
+        hidden = self.widths[:-1]
+        return [*(u @ self.stacked_feedback[: sum(hidden)].T).split(hidden, dim=1), u]
 
     def respond(self, activity: Activity, apical: Sequence[Tensor]) -> Response:
         """The controlled feedforward pass: v_i = W_i r_{i−1} + b_i + a_i, layer after layer."""
@@ -158,10 +171,20 @@ class Chain:
 
         The n_L columns of K ride through each layer as rows of the batch.
         """
-        columns = self.feedback[0].T.expand(slopes[0].shape[0], -1, -1)
-        for w, q, d in zip(self.weights[1:], self.feedback[1:], slopes):
-            columns = torch.matmul(columns * d.unsqueeze(1), w.T) + q.T
+        columns = self._columns(slopes, self.depth)
         return (columns * slopes[-1].unsqueeze(1)).transpose(1, 2)
+
+    def hidden_gain(self, slopes: Sequence[Tensor]) -> Tensor:
+        """N = D_{L−1} K_{L−1}, (B, n_{L−1}, n_L): what a unit of control makes of the rates before the output layer."""
+        columns = self._columns(slopes, self.depth - 1)
+        return (columns * slopes[-2].unsqueeze(1)).transpose(1, 2)
+
+    def _columns(self, slopes: Sequence[Tensor], layers: int) -> Tensor:
+        """K of layer number ``layers``, transposed, (B, n_L, n)."""
+        columns = self.feedback[0].T.expand(slopes[0].shape[0], -1, -1)
+        for w, q, d in zip(self.weights[1:layers], self.feedback[1:], slopes):
+            columns = torch.matmul(columns * d.unsqueeze(1), w.T).add_(q.T)
+        return columns
 
     def jacobians(self, slopes: Sequence[Tensor]) -> list[Tensor]:
         """J_i = ∂r_L/∂v_i, one (B, n_L, n_i) a layer: J_L = D_L, J_i = J_{i+1} W_{i+1} D_i."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,23 @@ def own_inverse(chain: Chain, activity: Activity, leakage: float) -> DenseInvers
 def mean_field_inverse(chain: Chain, activity: Activity, leakage: float) -> Inverse:
     """The same with batch-mean slopes: one matrix for all samples, almost free."""
     slopes = [d.mean(0, keepdim=True) for d in activity.slopes]
-    gain = chain.output_gain(slopes)
     if chain.widths[-1] <= DENSE_UP_TO:
-        return DenseInverse(_inverted(gain, leakage))
-    gain.diagonal(dim1=1, dim2=2).add_(leakage)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(gain[0])
+        return DenseInverse(_inverted(chain.output_gain(slopes), leakage))
+    if chain.depth > 1 and chain.widths[-2] < chain.widths[-1] and chain.plain_output:
+        return StoredSteps(_low_rank_solve(chain, slopes, 1 + leakage))
+    gain = chain.output_gain(slopes)[0]
+    gain.diagonal().add_(leakage)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(gain)
     return StoredSteps(lambda y: torch.linalg.lu_solve(factors, pivots, y.T).T)
+
+
+def _low_rank_solve(chain: Chain, slopes: list[Tensor], shift: float) -> Callable[[Tensor], Tensor]:
+    """With Q_L = I and a linear output, JQ + α̃ I = c I + W_L N with c = 1 + α̃: Woodbury, of size n_{L−1}."""
+    hidden = chain.hidden_gain(slopes)[0]
+    inner = hidden @ chain.weights[-1]
+    inner.diagonal().add_(shift)
+    back = chain.weights[-1] @ torch.linalg.inv_ex(inner)[0]
+    return lambda y: (y - (y @ hidden.T) @ back.T) / shift
 
 
 def _inverted(gain: Tensor, leakage: float) -> Tensor:
