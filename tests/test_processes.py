@@ -17,20 +17,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_cases import clusters, differing, quiet
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_cases import clusters, differing, quiet, saver
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from dfc_lightning import DFA, DFC, ControlError, DFCDDPStrategy, DFCStrategy, Expected, FeedbackLearning, MinimumNorm
 from dfc_lightning import Sampled as SampledFeedback
-from dfc_lightning.settling import Euler, Linearized
+from dfc_lightning.settling import Euler, Linearized, SteadyState
 
 pytestmark = pytest.mark.processes
 
 JOINT = 16
+SKIP = object()
 EVERYTHING = FeedbackLearning(method=Expected(steps=8), initial_passes=1, passes_per_epoch=1, every_n_batches=2)
 SAMPLED = FeedbackLearning(method=SampledFeedback(steps=6), initial_passes=2, passes_per_epoch=1, every_n_batches=3)
 DOUBLE: dict[str, Any] = {"precision": "64-true", "trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}}
@@ -44,6 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
     "simulated": {**DOUBLE, "rule": DFC(settling=Euler(steps=60), integrate=True), "feedback": SAMPLED},
     "dfa": {**DOUBLE, "rule": DFA(), "ddp": TINY_BUCKETS},
     "minimum norm": {**DOUBLE, "rule": MinimumNorm()},
+    "wide outputs": {
+        **DOUBLE,
+        "outputs": 9,
+        "feedback": SAMPLED,
+        "rule": DFC(settling=SteadyState(rtol=1e-13, max_iterations=60)),
+    },
     "uneven": {"precision": "64-true", "feedback": EVERYTHING, "size": 61, "lightnings_sampler": True},
     "expected in float32": {**DOUBLE, "precision": "32-true", "feedback": EVERYTHING},
     "sampled in float32": {"precision": "32-true", "feedback": SAMPLED, "shuffle": True, "ddp": TINY_BUCKETS},
@@ -53,15 +62,19 @@ CASES: dict[str, dict[str, Any]] = {
 class Witnessed(L.LightningModule):
     """Logs what it can."""
 
-    def __init__(self, unequal: bool = False) -> None:
+    def __init__(self, outputs: int = 3, unequal: bool = False) -> None:
         super().__init__()
-        rank = int(os.environ.get("RANK", 0)) if unequal else 0
         with torch.random.fork_rng([]):
-            torch.manual_seed(rank)
-            self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-        self.accuracy = MulticlassAccuracy(3)
+            torch.manual_seed(int(os.environ.get("RANK", 0)) if unequal else 0)
+            self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, outputs))
+        self.accuracy = MulticlassAccuracy(outputs)
+        self.at_call: Any = lambda call: None
+        self.seen: list[list[int]] = []
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.at_call(len(self.seen)) is SKIP:
+            return None
+        self.seen.append(batch[0][:, 0].tolist())
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return loss
@@ -107,7 +120,9 @@ class Dealt(L.LightningDataModule):
 
     def loader(self, data: Any, shuffle: bool) -> DataLoader:
         n = self.trainer.world_size
-        sampler: Any = None if self.lightnings_sampler else DistributedSampler(data, n, self.trainer.global_rank, shuffle)
+        sampler: Any = (
+            None if self.lightnings_sampler else DistributedSampler(data, n, self.trainer.global_rank, shuffle)
+        )
         return DataLoader(data, JOINT // n, sampler=Joint(data, self.joint, shuffle) if self.joint else sampler)
 
     def train_dataloader(self) -> DataLoader:
@@ -129,19 +144,27 @@ class Rows(DummyLogger):
         self.rows.append((step, dict(metrics)))
 
 
-def fit(case: dict[str, Any], processes: int, joint: int | None = None, **settings: Any) -> tuple[L.Trainer, Witnessed]:
+def fit(
+    case: dict[str, Any],
+    processes: int,
+    joint: int | None = None,
+    module: Any = None,
+    seed: int | None = 3,
+    ckpt_path: Any = None,
+    **settings: Any,
+) -> tuple[L.Trainer, Witnessed]:
     """Train a case on this many processes; ``joint``: as one, but on the data as dealt out to so many."""
     dtype = torch.float64 if case["precision"] == "64-true" else torch.float32
     data: Any = clusters(case.get("size", 5 * JOINT), dtype=dtype)
     lightnings = case.get("lightnings_sampler", False)
     rule_and_feedback = {k: case[k] for k in ("rule", "feedback") if k in case}
-    chosen: Any = DFCStrategy(seed=3, **rule_and_feedback)
+    chosen: Any = DFCStrategy(seed=seed, **rule_and_feedback)
     if processes > 1:
-        chosen = DFCDDPStrategy(seed=3, **rule_and_feedback, **case.get("ddp", {}))
+        chosen = DFCDDPStrategy(seed=seed, **rule_and_feedback, **case.get("ddp", {}))
     defaults = dict(max_epochs=2, devices=processes, precision=case["precision"], logger=Rows(), log_every_n_steps=1)
     trainer = quiet(chosen, **(defaults | {"use_distributed_sampler": lightnings} | case.get("trainer", {}) | settings))
-    module = Witnessed(unequal=processes > 1)  # DDP takes the first process's weights
-    trainer.fit(module, Dealt(data, case.get("shuffle", lightnings), lightnings, joint))
+    module = module or Witnessed(case.get("outputs", 3), unequal=processes > 1)  # DDP takes the first process's weights
+    trainer.fit(module, Dealt(data, case.get("shuffle", lightnings), lightnings, joint), ckpt_path=ckpt_path)
     return trainer, module
 
 
@@ -174,7 +197,8 @@ def distance(a: Any, b: Any, at: str = "") -> dict[str, float]:
     if isinstance(a, (Tensor, float)):
         x, y = torch.as_tensor(a).double(), torch.as_tensor(b).double()
         assert bool(torch.isfinite(x).all()), at
-        return {at: float((x - y).abs().max() / x.abs().max().clamp_min(1e-3))}
+        floor = 1.0 if at.endswith("residual") else 1e-3  # a residual is relative already
+        return {at: float((x - y).abs().max() / x.abs().max().clamp_min(floor))}
     assert a == b, (at, a, b)
     return {}
 
@@ -241,3 +265,129 @@ def test_several_processes_equal_one_on_the_joint_batch(name, several):
     worst = max(apart, key=apart.get)
     print(f"{processes} processes, {name}: {apart[worst]:.1e} at {worst}")
     assert apart[worst] <= (1e-10 if CASES[name]["precision"] == "64-true" else 1e-5), worst
+    names = {name for _, row in trainer.logger.rows for name in row}
+    assert names >= {"train/loss_step", "train/loss_epoch", "val/loss", "val/accuracy"}
+    assert names >= {"settling/residual", "settling/iterations"} or not isinstance(trainer.strategy.rule, DFC)
+    assert names >= {"feedback/norm", "feedback/grad_norm"} or trainer.strategy.learner is None
+
+
+# In step
+
+
+def odds(rank: int, processes: int, folder: str) -> None:
+    for name in ("sampled feedback", "dfa"):  # no seed anywhere: the first process's
+        torch.manual_seed(1000 + rank)
+        assert len(set(on_all(digest(learned(*fit(CASES[name], processes, seed=None)))))) == 1
+
+    def skip_third(call: int) -> Any:
+        return SKIP if call == 2 else None
+
+    module = Witnessed()
+    module.at_call = skip_third
+    with pytest.raises(ControlError, match="no batch can be skipped"):
+        fit(CASES["plain trainer"], processes, module=module)
+
+    def told(call: int) -> None:
+        if call == 7 and rank == 1:  # within the second pass
+            module.trainer._signal_connector.received_sigterm = True
+
+    module = Witnessed()
+    module.at_call = told
+    with pytest.raises(SIGTERMException):
+        fit(CASES["plain trainer"], processes, module=module, callbacks=[saver(folder)], enable_checkpointing=True)
+    assert on_all(len(module.seen)) == [8, 8]
+    straight = learned(*fit(CASES["plain trainer"], processes))
+    resumed = learned(*fit(CASES["plain trainer"], processes, ckpt_path=Path(folder, "interrupted.ckpt")))
+    assert not differing(resumed, straight)
+
+
+def test_ranks_start_stop_and_resume_together(tmp_path):
+    spawn(odds, 2, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_feedback_pass_has_an_order_of_its_own_and_the_users_sampler_is_not_touched(workers):
+    class Told(DistributedSampler):
+        def set_epoch(self, epoch: int) -> None:
+            super().set_epoch(epoch)
+            if not hasattr(self, "epochs"):
+                self.epochs = []
+            self.epochs.append(epoch)
+
+    data, module = clusters(), Witnessed()
+    sampler = Told(data, 1, 0)
+    learning = FeedbackLearning(method=SampledFeedback(steps=4), initial_passes=2, passes_per_epoch=2)
+    trainer = quiet(DFCStrategy(seed=3, feedback=learning))
+    trainer.fit(module, DataLoader(data, len(data) // 2, sampler=sampler, num_workers=workers))
+    passes = [tuple(a + b) for a, b in zip(module.seen[::2], module.seen[1::2])]
+    forward = [passes.pop(4), passes.pop(6)]
+    assert len(passes) == 6 and len(set(passes)) == 6 and len(set(forward)) == 2
+    assert all(sorted(p) == sorted(passes[0]) for p in passes)
+    assert sampler.epochs == [0, 1] and sampler.epoch == 1
+
+
+# Launchers
+
+
+def script(strategy: str, nodes: str, devices: str, folder: str) -> None:
+    """What a user's script does; started by torchrun, by Lightning, or plainly."""
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    learning = FeedbackLearning(method=SampledFeedback(steps=4))
+    chosen = {"dfc": DFCStrategy, "dfc_ddp": DFCDDPStrategy}[strategy](feedback=learning)
+    devices_and_nodes = {"devices": int(devices), "num_nodes": int(nodes)}
+    trainer = quiet(chosen, **devices_and_nodes, max_epochs=1, precision="64-true", use_distributed_sampler=False)
+    data = Dealt(clusters(64, dtype=torch.float64), False, False, None)
+    module = Witnessed()
+    trainer.fit(module, data)
+    if trainer.is_global_zero:
+        torch.save({"processes": trainer.world_size, **learned(trainer, module)}, Path(folder, "learned.pt"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    script("dfc", "1", "1", str(folder))
+    return torch.load(folder / "learned.pt")
+
+
+@pytest.mark.parametrize("launcher", ["two nodes by torchrun", "Lightning"])
+def test_started_by(launcher, alone, tmp_path):
+    main = tmp_path / "main.py"
+    here = str(Path(__file__).parent)
+    main.write_text(f"import sys\nsys.path.insert(0, {here!r})\nimport test_processes as t\nt.script(*sys.argv[1:])\n")
+    if launcher == "Lightning":
+        commands = [[sys.executable, main, "dfc_ddp", "1", "2", tmp_path]]
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7"]
+        torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+        commands = [[*torchrun, main, "dfc_ddp", "2", "1", tmp_path]] * 2
+    nodes = [subprocess.Popen(list(map(str, c)), stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        errors = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0] * len(nodes), errors
+    theirs = torch.load(tmp_path / "learned.pt")
+    assert theirs.pop("processes") == 2
+    apart = distance({k: v for k, v in alone.items() if k != "processes"}, theirs)
+    assert max(apart.values()) <= 1e-10
+
+
+def test_started_by_spawn(tmp_path):
+    """The weights come back to the process that started the others; Q is in the checkpoint."""
+    learning = FeedbackLearning(method=SampledFeedback(steps=4))
+    settings = {"enable_checkpointing": True, "use_distributed_sampler": False}
+    modules, saved = [], []
+    for processes in (1, 2):
+        s: Any = DFCStrategy(feedback=learning, seed=3)
+        if processes == 2:
+            s = DFCDDPStrategy(feedback=learning, seed=3, start_method="spawn")
+        keep = ModelCheckpoint(tmp_path / str(processes), "last")
+        trainer = quiet(s, devices=processes, max_epochs=1, callbacks=[keep], **settings)
+        modules.append(Witnessed())
+        trainer.fit(modules[-1], Dealt(clusters(64), False, False, None))
+        saved.append(torch.load(tmp_path / str(processes) / "last.ckpt", weights_only=True)["dfc_lightning"])
+    assert max(distance(dict(modules[0].net.state_dict()), dict(modules[1].net.state_dict())).values()) < 1e-5
+    assert max(distance(saved[0], saved[1]).values()) < 1e-5

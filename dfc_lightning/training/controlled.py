@@ -118,12 +118,20 @@ class ControlledTraining(Strategy):
         self.learner = self.stages = None
         if self.learning is not None:
             self.learner = FeedbackLearner(network, self.learning, network.seed, self._ranks)
-            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed)
+            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed, self._terminated)
 
     @property
     def _ranks(self) -> Ranks:
         assert self._trainer is not None
         return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
+
+    def _terminated(self) -> bool:
+        """Whether any process was told to terminate; asked in step, so that all stop at the same batch."""
+        assert self._trainer is not None
+        told = self._trainer.received_sigterm
+        if self._trainer.world_size > 1:
+            told = bool(self.reduce(torch.tensor(float(told), device=self.root_device), reduce_op="max"))
+        return told
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

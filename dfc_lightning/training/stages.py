@@ -54,12 +54,17 @@ class FeedbackStages:
         learning: how many passes.
         learn: one feedback learning step on a batch, given also its index and whether the pass is an initial one.
         seed: the order of the data in pass k depends on this and k alone.
+        terminated: whether to stop here, in all processes alike.
     """
 
     def __init__(
-        self, learning: FeedbackLearning, learn: Callable[[Any, int, bool], dict[str, Tensor]], seed: int
+        self,
+        learning: FeedbackLearning,
+        learn: Callable[[Any, int, bool], dict[str, Tensor]],
+        seed: int,
+        terminated: Callable[[], bool],
     ) -> None:
-        self.learning, self.learn, self.seed = learning, learn, seed
+        self.learning, self.learn, self.seed, self.terminated = learning, learn, seed, terminated
         self.progress = StageProgress()
 
     def run(self, trainer: pl.Trainer, batches: Callable[[int], Iterable[Any]], log: Callable[..., None]) -> None:
@@ -102,7 +107,7 @@ class FeedbackStages:
                     log(metrics)
                     progress.batches += 1
                     advance()
-                    if trainer.received_sigterm:
+                    if self.terminated():
                         raise SIGTERMException
             progress.passes, progress.batches = progress.passes + 1, 0
             progress.total_passes += 1
