@@ -13,7 +13,7 @@ from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.plasticity import Plasticity, postsynaptic
 from dfc_lightning.settling.dynamics import Dynamics, TimeStep
-from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
+from dfc_lightning.settling.settled import Products, Settled, Simulation, at_rest, relative_residual
 
 Noise = Callable[[int], Tensor]
 
@@ -138,10 +138,8 @@ class Euler(Simulation):
             dynamics.advance_compartments(noise(sum(chain.widths)) * kick if noise else None)
             visit(dynamics)
         leakage = controller.steady_leakage
-        missing = torch.linalg.vector_norm(dynamics.error - leakage * dynamics.u, dim=1)
-        size = torch.linalg.vector_norm(activity.output, dim=1)
-        error = torch.linalg.vector_norm(dynamics.error, dim=1)
-        first = torch.linalg.vector_norm(offset, dim=1)
-        converged = (missing < self.tolerance * size) & (error < self.error_reduction * first)
+        converged = at_rest(
+            activity, offset, dynamics.error, leakage * dynamics.u, self.tolerance, self.error_reduction
+        )
         residual = relative_residual(offset, dynamics.rates[-1], dynamics.u, leakage)
         return Settled(dynamics.u, dynamics.response(), residual, converged, self.steps)

@@ -98,3 +98,21 @@ def relative_residual(offset: Tensor, output: Tensor, control: Tensor, leakage: 
     missing = torch.linalg.vector_norm(offset - output - leakage * control, dim=1)
     size = torch.linalg.vector_norm(offset, dim=1)
     return torch.where(size > 0, missing / size, missing)
+
+
+def at_rest(
+    activity: Activity, offset: Tensor, error: Tensor, leak: Tensor, tolerance: float, error_reduction: float
+) -> Tensor:
+    """Which simulated samples count as converged, (B,) bool, by the two criteria of the authors' published code.
+
+    Args:
+        activity: the feedforward activity.
+        offset: δ_L, the error at the start, (B, n_L).
+        error: e = r_L* − r_L at the end, (B, n_L).
+        leak: α̃ u, what e is at the steady state, (B, n_L).
+        tolerance: bound on ‖e − α̃ u‖ in units of the feedforward output's norm.
+        error_reduction: bound on ‖e‖ in units of its first value.
+    """
+    near = torch.linalg.vector_norm(error - leak, dim=1) < tolerance * torch.linalg.vector_norm(activity.output, dim=1)
+    reduced = torch.linalg.vector_norm(error, dim=1) < error_reduction * torch.linalg.vector_norm(offset, dim=1)
+    return near & reduced

@@ -33,7 +33,7 @@ from dfc_lightning.settling.dynamics import TimeStep
 from dfc_lightning.settling.inverse import DENSE_UP_TO, mean_field_inverse
 from dfc_lightning.settling.linearized import Linearized
 from dfc_lightning.settling.root import find_root
-from dfc_lightning.settling.settled import Products, Settled, Simulation, relative_residual
+from dfc_lightning.settling.settled import Products, Settled, Simulation, at_rest, relative_residual
 from dfc_lightning.settling.steady_state import SteadyState
 
 
@@ -217,12 +217,9 @@ class Trajectory(Simulation):
             rates.append(phi.difference(activity.v[i], activity.r[i], x, slopes[i]))
         response = Response(basal, [x - b for x, b in zip(somatic, basal)], rates, delayed=self._delayed)
         error = offset - rates[-1]
-        missing = torch.linalg.vector_norm(error - leakage * u, dim=1)
-        near = missing < self.tolerance * torch.linalg.vector_norm(activity.output, dim=1)
-        first = torch.linalg.vector_norm(offset, dim=1)
-        reduced = torch.linalg.vector_norm(error, dim=1) < self.error_reduction * first
+        rest = at_rest(activity, offset, error, leakage * u, self.tolerance, self.error_reduction)
         residual = relative_residual(offset, rates[-1], u, leakage)
-        converged = steady.converged & near & reduced
+        converged = steady.converged & rest
         return End(Settled(u, response, residual, converged, self.steps), somatic, integral, heard)
 
     def _left(self, chain: Chain, activity: Activity, controller: PIController, start: list[Tensor]) -> Tensor:
