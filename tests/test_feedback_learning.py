@@ -75,6 +75,24 @@ def test_wide_outputs_are_sampled() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("net", [(6, 5, 4, 9), (6, 8, 3, 7, 12)])
+def test_a_wide_output_without_noise_is_simulated_in_the_range_of_its_weights(net: tuple[int, ...]) -> None:
+    case = make((net, "tanh", "squared"), "random")
+    hidden, size = sum(net[1:-1]), len(case.x)
+    draws = torch.randn(30, size, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def padded(method: Sampled) -> list[Tensor]:
+        each = iter(draws)
+        return method.gradient(
+            case.chain, case.activity, lambda shape: nn.functional.pad(next(each), (0, shape[1] - hidden))
+        )
+
+    reduced = padded(Sampled(steps=30, sigma_output=0.0))
+    assert case.chain.reducible
+    for mine, theirs in zip(reduced, padded(Sampled(steps=30, sigma_output=1e-300))):  # not zero, so not reduced
+        assert (mine - theirs).norm() < 1e-10 * theirs.norm()
+
+
 def test_delayed_transmission_is_refused_by_the_closed_form() -> None:
     with pytest.raises(ValueError, match="instant_transmission=False.*Sampled"):
         Expected(instant_transmission=False)

@@ -204,6 +204,30 @@ class Chain:
             found.append(error)
         return found[::-1]
 
+    @property
+    def reducible(self) -> bool:
+        """Whether the output is wider than the layer before it can move, and :meth:`reduced` saves work."""
+        return self.depth > 1 and self.widths[-2] < self.widths[-1] and self.plain_output
+
+    def reduced(self, activity: Activity) -> tuple[Chain, Activity, Tensor]:
+        """The same network in an orthonormal basis of the range of W_L, in which alone hidden layers move the output.
+
+        With Q_L = I a control in that range keeps the output there, so that dynamics that begin in it stay in it.
+
+        Returns:
+            The chain and the activity with n_{L−1} outputs, and the basis, (n_L, n_{L−1}).
+        """
+        basis = torch.linalg.qr(self.weights[-1]).Q
+        chain = Chain(
+            [*self.weights[:-1], basis.T @ self.weights[-1]],
+            [*self.biases[:-1], None],
+            self.nonlinearities,
+            [*(q @ basis for q in self.feedback[:-1]), torch.eye(basis.shape[1]).to(basis)],
+        )
+        output = activity.output @ basis
+        same = Activity(activity.x, [*activity.v[:-1], output], [*activity.r[:-1], output], self.nonlinearities)
+        return chain, same, basis
+
     # From activity to updates
 
     def outer(

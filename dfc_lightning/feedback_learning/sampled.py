@@ -99,8 +99,16 @@ class Sampled(FeedbackMethod):
         Args:
             chain: the controlled chain.
             activity: its feedforward activity.
-            noise: source of standard normal draws, one call a step.
+            noise: source of standard normal draws, one call a step. Without noise in an output that is wider than the
+                layer before it, the output's draws are fewer: only what that layer can move is simulated.
         """
+        if self.sigma_output == 0 and chain.reducible:
+            small, same, basis = chain.reduced(activity)
+            *hidden, output = self._simulate(small, same, noise)
+            return [*(g @ basis.T for g in hidden), basis @ output @ basis.T]
+        return self._simulate(chain, activity, noise)
+
+    def _simulate(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
         dynamics = Dynamics(chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step)
         last = self.sigma if self.sigma_output is None else self.sigma_output
         sigmas = [self.sigma] * (chain.depth - 1) + [last]
@@ -110,6 +118,6 @@ class Sampled(FeedbackMethod):
         for _ in range(self.steps):
             dynamics.advance_control()
             total.addmm_(dynamics.stacked_apical.T, dynamics.u)
-            dynamics.advance_compartments(noise(shape) * kick)
+            dynamics.advance_compartments(noise(shape).mul_(kick))
         scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
         return list((total * scale).split(chain.widths))
