@@ -85,11 +85,18 @@ def test_the_linearized_control_is_one_dense_newton_step(name: str, feedback: st
     assert close(settled.control, newton(case, offset, 0.1, 1), 1e-10)
 
 
-@pytest.mark.parametrize("feedback", ["weight_product", "random"])
+@pytest.mark.parametrize("feedback", ["weight_product", "random", "learned"])
 @pytest.mark.parametrize("hidden", ["linear", "tanh", "softplus"])
-def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str) -> None:
-    case = make(((8, 120, 100), hidden, "squared"), feedback, batch=4)
+@pytest.mark.parametrize("sizes", [(8, 120, 100), (8, 30, 20, 100)], ids=["wide", "narrow"])
+def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str, sizes: tuple[int, ...]) -> None:
+    case = make((sizes, hidden, "squared"), "random" if feedback == "random" else "weight_product", batch=4)
+    if feedback == "learned":  # Q_L no longer the identity
+        generator = torch.Generator().manual_seed(0)
+        stacked = case.chain.stacked_feedback
+        noise = torch.randn(stacked.shape, generator=generator, dtype=torch.float64)
+        case = case.with_feedback(stacked + 0.01 * noise)
     assert case.chain.widths[-1] > DENSE_UP_TO
+    assert case.chain.reducible == (sizes[-2] < sizes[-1] and feedback != "learned")
     offset = -0.3 * case.loss_grad
     linear = Linearized().settle(case.chain, case.activity, offset, PIController(0.1))
     steady = TIGHT.settle(case.chain, case.activity, offset, PIController(0.1))

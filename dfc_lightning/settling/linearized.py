@@ -11,6 +11,7 @@ from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
+from dfc_lightning.settling.narrow import narrow_root
 from dfc_lightning.settling.root import find_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 
@@ -52,6 +53,9 @@ class Linearized(Settling):
             return offset - chain.linear_response(activity.slopes, chain.apical(u)) - leakage * u
 
         accuracy = 1e-12 if offset.dtype == torch.float64 else 1e-6
+        if chain.reducible and chain.widths[-1] > DENSE_UP_TO:
+            root = narrow_root(chain, activity, offset, leakage, accuracy, self.max_iterations, linear=True)
+            return root.u, root.converged, root.iterations
         inverse = mean_field_inverse(chain, activity, leakage)
         root = find_root(missing, inverse.step(offset), inverse, offset, accuracy, self.max_iterations)
         u, late = root.u, ~root.converged

@@ -89,7 +89,7 @@ def find_root(
     function: Callable[[Tensor], Tensor],
     start: Tensor,
     inverse: Inverse,
-    scale: Tensor,
+    scale: Tensor | Callable[[Tensor], Tensor],
     accuracy: float,
     max_iterations: int,
 ) -> Root:
@@ -102,16 +102,18 @@ def find_root(
         function: F, mapping (B, n) to (B, n).
         start: first guess, (B, n).
         inverse: approximate inverse of −F'.
-        scale: residuals are measured against the norm of this, (B, n).
+        scale: residuals are measured against the norm of this, (B, n); or a function that measures them, mapping
+            (B, n) to (B,).
         accuracy: relative residual to reach.
         max_iterations: evaluations of F after the first.
     """
-    size = torch.linalg.vector_norm(scale, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
+    if isinstance(scale, Tensor):
+        size = torch.linalg.vector_norm(scale, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
     if not (sound := torch.isfinite(start).all(1, keepdim=True)).all():
         start = torch.where(sound, start, torch.zeros_like(start))
 
     def measure(value: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(value, dim=1) / size
+        return torch.linalg.vector_norm(value, dim=1) / size if isinstance(scale, Tensor) else scale(value)
 
     u, value = start, function(start)
     residual = measure(value)

@@ -11,6 +11,7 @@ from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
+from dfc_lightning.settling.narrow import narrow_root
 from dfc_lightning.settling.root import find_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 
@@ -22,8 +23,9 @@ class SteadyState(Settling):
     Broyden's method on each sample, from the linearised solution and its inverse: each sample's own up to ``OWN_UP_TO``
     outputs, the batch-mean one beyond. Samples it leaves unsettled try their own inverse, then follow the slow
     controller's way from u = 0 in linearly implicit steps; where outputs are wider than ``DENSE_UP_TO``, they stay as
-    they are. The residual of every sample is reported. Broyden's root is taken whether or not the dynamics would reach
-    it: stability (Condition 3) is not looked at.
+    they are. Outputs that wide after a narrower layer, with Q_L = I, are solved in that layer's rates. The residual of
+    every sample is reported. Broyden's root is taken whether or not the dynamics would reach it: stability (Condition
+    3) is not looked at.
 
     Args:
         rtol: relative residual ‖F(u)‖ / ‖δ_L‖ to reach.
@@ -47,6 +49,9 @@ class SteadyState(Settling):
             latest[:] = [(u, response)]
             return offset - response.rates[-1] - leakage * u
 
+        if chain.reducible and chain.widths[-1] > DENSE_UP_TO:
+            root = narrow_root(chain, activity, offset, leakage, self.rtol, self.max_iterations)
+            return self._settled(chain, activity, offset, root.u, leakage, root.iterations)
         dense, own = chain.widths[-1] <= DENSE_UP_TO, chain.widths[-1] <= OWN_UP_TO
         inverse = (own_inverse if own else mean_field_inverse)(chain, activity, leakage)
         root = find_root(missing, inverse.step(offset), inverse, offset, self.rtol, self.max_iterations)
@@ -57,8 +62,19 @@ class SteadyState(Settling):
             u, iterations = u.index_put((late,), found), iterations + more
         # The last pass evaluated is the settled one unless some sample was taken back to an earlier point.
         at, response = latest[0]
-        if not torch.equal(at, u):
-            response = chain.respond(activity, chain.apical(u))
+        return self._settled(chain, activity, offset, u, leakage, iterations, response if torch.equal(at, u) else None)
+
+    def _settled(
+        self,
+        chain: Chain,
+        activity: Activity,
+        offset: Tensor,
+        u: Tensor,
+        leakage: float,
+        iterations: int,
+        response: Response | None = None,
+    ) -> Settled:
+        response = response or chain.respond(activity, chain.apical(u))
         residual = relative_residual(offset, response.rates[-1], u, leakage)
         return Settled(u, response, residual, residual <= self.rtol, iterations)
 
