@@ -1,6 +1,6 @@
 """Validation error over epochs of finished runs, as a figure and a Markdown table with the test figures.
 
-    python benchmarks/learning_curves.py runs/mnist/*/version_0 --out docs/mnist.png
+python benchmarks/learning_curves.py runs/mnist/*/version_0 --out docs/mnist.png
 """
 
 from __future__ import annotations
