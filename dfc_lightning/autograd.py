@@ -104,7 +104,7 @@ class Lesson:
         samples = activity.batch_size
         share = samples if self.loss_reduction == "mean" else 1
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
+            self.loss_grad = loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
             update = self.rule.teach(chain, activity, loss_grad)
             self.settled, self._taught = getattr(update, "settled", None), True
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from dfc_lightning.callbacks.conditions import Conditions
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.points import ControlPoint
+from dfc_lightning.metrics import gauss_newton_update, update_angle
+from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm, Update
+from dfc_lightning.settling import Linearized
+from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.training.controlled import ControlledTraining
+
+REFERENCES = ("backprop", "gauss_newton", "minimum_norm", "ssa")
+CHEAP = ("backprop", "ssa")
+"""Those of them that form no n_L × n_L matrix of each sample where outputs are wide."""
+
+Teach = Callable[[Chain, Activity, Tensor], Update]
+
+
+class AlignmentMonitor(Callback):
+    """Logs how the rule's update relates to others, and how far the conditions of the theory are met.
+
+    Every so many optimizer steps, from the activity and the loss gradient of the step itself: no second
+    ``training_step``, and nothing about the training changes. What is compared are updates as they reach the
+    optimizer, before clipping: summed over accumulated batches and averaged over processes.
+
+    Logged, to all loggers of the trainer, with L the number of layers:
+
+    - ``alignment/<reference>/layer_1`` … ``layer_L`` and ``total``: angle in degrees to the update of a reference;
+    - ``alignment/condition_1``: spread of the norms of the layers' inputs;
+    - ``alignment/condition_2``: share of Q in the row space of J;
+    - ``alignment/feedback_to_transpose``, ``alignment/feedback_to_pseudoinverse``: angle of Q to Jᵀ, Jᵀ(JJᵀ + γI)⁻¹;
+    - ``alignment/condition_3``: largest real part of the eigenvalues of −(JQ + α̃I), below zero where stable;
+    - ``alignment/stability``: the same of the full network-and-controller matrix, if ``tau_ratio`` is given;
+    - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖.
+
+    Args:
+        every_n_steps: number of optimizer steps from one look to the next.
+        references: which of ``"backprop"``, ``"gauss_newton"`` (for each sample alone, damped), ``"minimum_norm"``
+            (what DFC computes with ideal feedback) and ``"ssa"`` (DFC-SSA, in closed form) to compare with; None for
+            all, but without the second and third, which factorise an n_L × n_L matrix a sample, where the network has
+            more than ``DENSE_UP_TO`` outputs.
+        damping: γ of the Gauss-Newton and minimum-norm updates, and of the pseudoinverse; the paper has 0.1.
+        conditions: whether to log the conditions beside the angles; None for those that are cheap: beyond
+            ``DENSE_UP_TO`` outputs only ``condition_1`` and ``control_ratio``.
+        tau_ratio: τ_v / τ_u for ``alignment/stability``, which takes the eigenvalues of a matrix as wide as the
+            whole network for each sample: for small networks. None to leave it out.
+
+    Example:
+        >>> import lightning as L
+        >>> from dfc_lightning import DFCStrategy
+        >>> trainer = L.Trainer(
+        ...     max_epochs=1,
+        ...     strategy=DFCStrategy(),
+        ...     callbacks=[AlignmentMonitor(every_n_steps=50)],
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ... )
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        references: Sequence[str] | None = None,
+        damping: float = 0.1,
+        conditions: bool | None = None,
+        tau_ratio: float | None = None,
+    ) -> None:
+        require(every_n_steps >= 1, "every_n_steps", every_n_steps, "look every step, 1, or less often")
+        require(set(references or ()) <= set(REFERENCES), "references", references, f"choose of {REFERENCES}")
+        require(damping >= 0, "damping", damping, "give a damping of zero or more")
+        require(tau_ratio is None or tau_ratio > 0, "tau_ratio", tau_ratio, "give a ratio above zero, e.g. 0.2")
+        self.every_n_steps, self.references, self.damping = every_n_steps, references, damping
+        self.with_conditions, self.tau_ratio = conditions, tau_ratio
+        self._updates: Tensor | None = None  # the rule's and the references', summed over accumulated batches
+        self._names: Sequence[str] = ()
+        self._sizes: list[int] = []
+        self._conditions: Conditions | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not isinstance(trainer.strategy, ControlledTraining):
+            raise ControlError(
+                f"AlignmentMonitor looks at the lessons of a feedback-control strategy, but the trainer has "
+                f"{type(trainer.strategy).__name__}. Give Trainer(strategy=DFCStrategy()), with rule=Backprop() to "
+                "look at backprop, or leave the callback out."
+            )
+        self._updates = self._conditions = None
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (trainer.global_step + 1) % self.every_n_steps:
+            return
+        strategy = trainer.strategy
+        assert isinstance(strategy, ControlledTraining)
+        lesson, network = strategy.lesson, strategy.network
+        if lesson is None or network is None or not lesson.taught:
+            return
+        activity, grad, rule = lesson.activity, lesson.loss_grad, strategy.rule
+        assert lesson.chain is not None and activity is not None
+        chain = _sharing_jacobians(lesson.chain, activity)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), _private_generators(grad.device):
+            narrow = chain.widths[-1] <= DENSE_UP_TO
+            self._names = self.references if self.references is not None else REFERENCES if narrow else CHEAP
+            teachers: list[Teach] = [rule.teach, *(self._reference(name, rule) for name in self._names)]
+            layers = [_by_layer(network.points, teach(chain, activity, grad)) for teach in teachers]
+            self._sizes = [len(layer) for layer in layers[0]]
+            updates = torch.stack([torch.cat(each) for each in layers])
+            if lesson.loss_reduction == "sum":
+                updates *= activity.batch_size
+            self._updates = updates if self._updates is None else self._updates + updates
+            if self.with_conditions is not False:
+                if self._conditions is None:
+                    dense = narrow or self.with_conditions is True
+                    self._conditions = Conditions(rule, chain.depth, dense, self.damping, self.tau_ratio)
+                    self._conditions.to(grad.device)
+                self._conditions.update(chain, activity, lesson.settled)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._updates is None:
+            return
+        ours, *others = trainer.strategy.reduce(self._updates)
+        self._updates = None
+        values: dict[str, Tensor] = {}
+        for name, other in zip(self._names, others):
+            angles = update_angle(ours.split(self._sizes), other.split(self._sizes))
+            values |= {f"{name}/{layer}": angle for layer, angle in angles.items()}
+        if self._conditions is not None:
+            values |= self._conditions.compute()
+        metrics = {f"alignment/{name}": float(value) for name, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step + 1)
+
+    def _reference(self, name: str, rule: LearningRule) -> Teach:
+        """The update to compare with, by the rule's own target stepsize, controller and plasticity if it has them."""
+        if name == "backprop":
+            return Backprop().teach
+        if name == "gauss_newton":
+            return lambda chain, activity, grad: gauss_newton_update(chain, activity, grad, self.damping)
+        if isinstance(rule, MinimumNorm):
+            like = DFC(target_stepsize=rule.target_stepsize, plasticity=rule.plasticity)
+        else:
+            like = rule if isinstance(rule, DFC) else DFC()
+        if name == "ssa":
+            return replace(like, settling=Linearized(), integrate=False).teach
+        return MinimumNorm(self.damping, like.target.stepsize, like.plasticity).teach
+
+
+def _by_layer(points: Sequence[ControlPoint], update: Update) -> list[Tensor]:
+    """What each layer's trainable parameters would be given, one vector a layer."""
+    return [
+        torch.cat([t.flatten() for p, t in zip(point.parameters, pair) if p.requires_grad])
+        for point, pair in zip(points, zip(update.weights, update.biases))
+    ]
+
+
+def _sharing_jacobians(chain: Chain, activity: Activity) -> Chain:
+    """A copy of the chain that works out the Jacobians of the feedforward state once, for all who ask for them."""
+    shared = copy.copy(chain)
+    found = functools.cache(lambda: chain.jacobians(activity.slopes))
+    shared.__dict__["jacobians"] = lambda slopes: found() if slopes is activity.slopes else chain.jacobians(slopes)
+    return shared
+
+
+def _private_generators(device: torch.device) -> Any:
+    """Leave torch's generators as they were, should a rule draw from them."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -1,0 +1,95 @@
+"""The conditions of the paper's theory, measured on what a training step has seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.metrics import (
+    ConditionOne,
+    ConditionTwo,
+    ControlRatio,
+    FeedbackAngle,
+    StabilityEigenvalue,
+    control_matrix,
+    instantaneous_matrix,
+)
+from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm
+from dfc_lightning.settling.settled import Settled
+
+
+class Conditions:
+    """Metrics of a rule's conditions, each with sums that are exact over batches and ranks.
+
+    Args:
+        rule: the rule; one without feedback weights or without a controller leaves out what is said of these.
+        layers: the number of layers, L.
+        dense: whether to measure those that form n_L × n_L matrices of each sample.
+        damping: γ of the pseudoinverse that the feedback weights are compared with.
+        tau_ratio: τ_v / τ_u of the full network-and-controller matrix; None to leave that out.
+    """
+
+    def __init__(
+        self, rule: LearningRule, layers: int, dense: bool = True, damping: float = 0.1, tau_ratio: float | None = None
+    ) -> None:
+        self.controller = rule.controller if isinstance(rule, DFC) else None
+        self.tau_ratio = tau_ratio
+        self.metrics: dict[str, Metric] = {"condition_1": ConditionOne()}
+        if dense and not isinstance(rule, (Backprop, MinimumNorm)):
+            self.metrics["condition_2"] = ConditionTwo()
+            self.metrics["feedback_to_transpose"] = FeedbackAngle("transpose")
+            self.metrics["feedback_to_pseudoinverse"] = FeedbackAngle("pseudoinverse", damping)
+        if dense and self.controller is not None:
+            self.metrics["condition_3"] = StabilityEigenvalue()
+        if self.controller is not None:
+            self.metrics["control_ratio"] = ControlRatio(layers)
+            if tau_ratio is not None:
+                self.metrics["stability"] = StabilityEigenvalue()
+
+    def to(self, device: torch.device) -> None:
+        """Keep the sums there."""
+        for metric in self.metrics.values():
+            metric.to(device)
+
+    def update(self, chain: Chain, activity: Activity, settled: Settled | None) -> None:
+        """Count a batch in.
+
+        Args:
+            chain: the network.
+            activity: its feedforward pass.
+            settled: the controlled network, where the rule has one.
+        """
+        metrics, feedback = self.metrics, chain.stacked_feedback
+        metrics["condition_1"].update(activity.presynaptic())
+        if "condition_2" in metrics:
+            jacobian = torch.cat(chain.jacobians(activity.slopes), dim=2)
+            for name in ("condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse"):
+                metrics[name].update(feedback, jacobian)
+            if self.controller is not None:
+                matrix = instantaneous_matrix(feedback, jacobian, self.controller.steady_leakage)
+                metrics["condition_3"].update(matrix)
+        if self.controller is not None and self.tau_ratio is not None:
+            metrics["stability"].update(control_matrix(chain, activity.slopes, self.controller, self.tau_ratio))
+        if "control_ratio" in metrics and settled is not None:
+            metrics["control_ratio"].update(*_drives(chain, activity, settled))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The values over all batches and ranks since the last call."""
+        values: dict[str, Tensor] = {}
+        for name, metric in self.metrics.items():
+            value = metric.compute()
+            values |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            metric.reset()
+        return values
+
+
+def _drives(chain: Chain, activity: Activity, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
+    """Q_i u and W_i r_{i−1} of the samples that have not diverged."""
+    sound = settled.counted(drop_unconverged=False)
+    basal = [
+        (v + moved - (0.0 if b is None else b))[sound]
+        for v, moved, b in zip(activity.v, settled.response.basal, chain.biases)
+    ]
+    return chain.apical(settled.control[sound]), basal
