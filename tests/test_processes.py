@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,10 +55,20 @@ CASES: dict[str, dict[str, Any]] = {
         "feedback": SAMPLED,
         "rule": DFC(settling=SteadyState(rtol=1e-13, max_iterations=60)),
     },
+    "outputs wider than the layer before": {
+        **DOUBLE,
+        "outputs": 70,
+        "feedback": EVERYTHING,
+        "rule": DFC(settling=SteadyState(rtol=1e-13, max_iterations=60)),
+    },
     "uneven": {"precision": "64-true", "feedback": EVERYTHING, "size": 61, "lightnings_sampler": True},
     "expected in float32": {**DOUBLE, "precision": "32-true", "feedback": EVERYTHING},
     "sampled in float32": {"precision": "32-true", "feedback": SAMPLED, "shuffle": True, "ddp": TINY_BUCKETS},
 }
+
+
+def nothing(call: int) -> None:
+    pass
 
 
 class Witnessed(L.LightningModule):
@@ -68,7 +80,7 @@ class Witnessed(L.LightningModule):
             torch.manual_seed(int(os.environ.get("RANK", 0)) if unequal else 0)
             self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, outputs))
         self.accuracy = MulticlassAccuracy(outputs)
-        self.at_call: Any = lambda call: None
+        self.at_call: Any = nothing
         self.seen: list[list[int]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -221,7 +233,10 @@ def free_port() -> int:
 
 
 def spawn(work: Any, processes: int, folder: Path) -> None:
-    mp.spawn(as_rank, (processes, free_port(), work, str(folder)), nprocs=processes)
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["dfc_lightning", "torchmetrics.classification"]
+    )  # once for all
+    mp.start_processes(as_rank, (processes, free_port(), work, str(folder)), processes, start_method="forkserver")
 
 
 def on_all(value: Any) -> list[Any]:
@@ -235,8 +250,6 @@ def on_all(value: Any) -> list[Any]:
 
 def all_cases(rank: int, processes: int, folder: str) -> None:
     for name, case in CASES.items():
-        if processes > 2 and "float32" in name:
-            continue
         trainer, module = fit(case, processes)
         assert len(set(on_all(digest(learned(trainer, module))))) == 1, f"{name}: ranks differ"
         logged = on_all(len(trainer.logger.rows))
@@ -257,11 +270,11 @@ def several(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_equal_one_on_the_joint_batch(name, several):
     processes, folder = several
-    if not (folder / f"{name}.pt").exists():
-        pytest.skip("two processes have shown this")
     theirs = torch.load(folder / f"{name}.pt")
     trainer, module = fit(CASES[name], 1, joint=processes)
     apart = distance({**learned(trainer, module), "logged": trainer.logger.rows}, theirs)
+    if "outputs" in CASES[name]:  # beyond OWN_UP_TO, solves begin with a mean over the process's own batch
+        apart = {at: d for at, d in apart.items() if not at.endswith(("iterations", "residual"))}
     worst = max(apart, key=apart.get)
     print(f"{processes} processes, {name}: {apart[worst]:.1e} at {worst}")
     assert apart[worst] <= (1e-10 if CASES[name]["precision"] == "64-true" else 1e-5), worst
@@ -279,6 +292,9 @@ def odds(rank: int, processes: int, folder: str) -> None:
         torch.manual_seed(1000 + rank)
         assert len(set(on_all(digest(learned(*fit(CASES[name], processes, seed=None)))))) == 1
 
+    with pytest.raises(ControlError, match="ranks would start with different feedback weights"):
+        quiet(DFCDDPStrategy(feedback_init="jacobian"), devices=processes).fit(Witnessed(), DataLoader(clusters()))
+
     def skip_third(call: int) -> Any:
         return SKIP if call == 2 else None
 
@@ -287,18 +303,25 @@ def odds(rank: int, processes: int, folder: str) -> None:
     with pytest.raises(ControlError, match="no batch can be skipped"):
         fit(CASES["plain trainer"], processes, module=module)
 
-    def told(call: int) -> None:
-        if call == 7 and rank == 1:  # within the second pass
-            module.trainer._signal_connector.received_sigterm = True
-
-    module = Witnessed()
-    module.at_call = told
-    with pytest.raises(SIGTERMException):
-        fit(CASES["plain trainer"], processes, module=module, callbacks=[saver(folder)], enable_checkpointing=True)
-    assert on_all(len(module.seen)) == [8, 8]
     straight = learned(*fit(CASES["plain trainer"], processes))
-    resumed = learned(*fit(CASES["plain trainer"], processes, ckpt_path=Path(folder, "interrupted.ckpt")))
-    assert not differing(resumed, straight)
+    for told in (tell_one, tell_all):  # within the second pass
+        module = Witnessed()
+        module.at_call = functools.partial(told, module)
+        with pytest.raises(SIGTERMException):
+            fit(CASES["plain trainer"], processes, module=module, callbacks=[saver(folder)], enable_checkpointing=True)
+        assert on_all(len(module.seen)) == [8, 8]
+        resumed = learned(*fit(CASES["plain trainer"], processes, ckpt_path=Path(folder, "interrupted.ckpt")))
+        assert not differing(resumed, straight)
+
+
+def tell_one(module: Witnessed, call: int) -> None:
+    if call == 7 and module.global_rank == 1:
+        module.trainer._signal_connector.received_sigterm = True
+
+
+def tell_all(module: Witnessed, call: int) -> None:
+    if call == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_ranks_start_stop_and_resume_together(tmp_path):
@@ -342,6 +365,8 @@ def script(strategy: str, nodes: str, devices: str, folder: str) -> None:
     trainer.fit(module, data)
     if trainer.is_global_zero:
         torch.save({"processes": trainer.world_size, **learned(trainer, module)}, Path(folder, "learned.pt"))
+    if trainer.world_size > 1:
+        dist.destroy_process_group()  # else gloo's threads may abort a process that exits
 
 
 @pytest.fixture(scope="module")
@@ -359,16 +384,17 @@ def test_started_by(launcher, alone, tmp_path):
     if launcher == "Lightning":
         commands = [[sys.executable, main, "dfc_ddp", "1", "2", tmp_path]]
     else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7"]
-        torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-        commands = [[*torchrun, main, "dfc_ddp", "2", "1", tmp_path]] * 2
-    nodes = [subprocess.Popen(list(map(str, c)), stderr=subprocess.PIPE, text=True) for c in commands]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        commands = [[*torchrun, f"--node_rank={node}", main, "dfc_ddp", "2", "1", tmp_path] for node in range(2)]
+    reports = [tmp_path / f"{node}.txt" for node in range(len(commands))]
+    nodes = [subprocess.Popen(list(map(str, c)), stderr=report.open("w")) for c, report in zip(commands, reports)]
     try:
-        errors = [node.communicate(timeout=120)[1] for node in nodes]
+        codes = [node.wait(timeout=120) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0] * len(nodes), errors
+    assert codes == [0] * len(nodes), [report.read_text() for report in reports]
     theirs = torch.load(tmp_path / "learned.pt")
     assert theirs.pop("processes") == 2
     apart = distance({k: v for k, v in alone.items() if k != "processes"}, theirs)
@@ -377,6 +403,7 @@ def test_started_by(launcher, alone, tmp_path):
 
 def test_started_by_spawn(tmp_path):
     """The weights come back to the process that started the others; Q is in the checkpoint."""
+    assert quiet("dfc_ddp_spawn", devices=2).strategy._start_method == "spawn"
     learning = FeedbackLearning(method=SampledFeedback(steps=4))
     settings = {"enable_checkpointing": True, "use_distributed_sampler": False}
     modules, saved = [], []

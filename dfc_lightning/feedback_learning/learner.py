@@ -135,10 +135,21 @@ class FeedbackLearner:
         return {"steps": self.steps, "initial": self._initial, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state saved by :meth:`state_dict`, after the network's feedback weights are loaded."""
+        """Go on from a state saved by :meth:`state_dict`, after the network's feedback weights are loaded.
+
+        Raises:
+            ValueError: it is of other feedback weights.
+        """
         self.steps, self._optimizer = state["steps"], None
         if state["optimizer"] is not None:
-            self._optimizer_for(state["initial"]).load_state_dict(state["optimizer"])
+            optimizer = self._optimizer_for(state["initial"])
+            optimizer.load_state_dict(state["optimizer"])
+            for q, moments in optimizer.state.items():
+                if moments["exp_avg"].shape != q.shape or moments["exp_avg_sq"].shape != q.shape:
+                    shapes = tuple(moments["exp_avg"].shape), tuple(q.shape)
+                    raise ValueError(
+                        "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
+                    )
 
     def _learned(self) -> list[torch.nn.Parameter]:
         return self.network.feedback if self.learning.train_output else self.network.feedback[:-1]

@@ -22,7 +22,9 @@ def read_checkpoint(read: Callable[..., Any], path: Any, *args: Any, **kwargs: A
     """
     try:
         checkpoint = read(path, *args, **kwargs)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ControlError(
             f"The checkpoint {path} cannot be read, perhaps because it was not written to its end; resume from an "
             f"earlier one. Reading it gave: {error}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -274,6 +275,8 @@ class ControlledTraining(Strategy):
             if checkpoint.get(CHECKPOINT_KEY) is not None:
                 rehearse(checkpoint[CHECKPOINT_KEY], ControlledNetwork(module, self.network_name), self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
+        if isinstance(self.precision_plugin, DoublePrecision):
+            self.precision_plugin.convert_module(module)  # Lightning does so later, and the weights would be rounded
         super().load_model_state_dict(checkpoint, strict)
 
     @override

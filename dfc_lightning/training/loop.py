@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,21 +87,27 @@ def takes_loader_iterator(trainer: pl.Trainer) -> bool:
 
 
 def fast_forward(trainer: pl.Trainer) -> None:
-    """After a restart within an epoch, pass over the batches the epoch has had.
+    """After a restart, give the epoch the batches it would have had, from the one it was interrupted at.
 
-    Lightning restores its counters but starts the loader from the beginning, unless that is stateful.
+    Lightning restores its counters, but starts the loader from the beginning, unless that is stateful, and before it
+    has told the samplers which epoch it is.
     """
     epoch_loop = trainer.fit_loop.epoch_loop
     fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-    if not epoch_loop.restarting or fetcher is None or combined is None or takes_loader_iterator(trainer):
+    if fetcher is None or combined is None or takes_loader_iterator(trainer):
         return
     if all(isinstance(loader, _Stateful) for loader in combined.flattened):
+        return
+    if trainer.current_epoch > 0:
+        by_epoch = [_set_epoch(loader, trainer.current_epoch) for loader in combined.flattened]
+        workers = [getattr(loader, "num_workers", 0) > 0 for loader in combined.flattened]
+        if any(map(operator.and_, by_epoch, workers)):
+            iter(fetcher)  # the workers have begun on another epoch's order
+    if not epoch_loop.restarting:
         return
     had = epoch_loop.batch_progress.current.completed + int(epoch_loop.restarted_on_train_batch_end)
     if had >= trainer.num_training_batches:
         return
-    for loader in combined.flattened:  # Lightning names the epoch to the samplers later
-        _set_epoch(loader, trainer.current_epoch)
     for _ in range(had):
         next(fetcher)
     fetcher.fetched -= had  # Lightning adds the batches of the epoch so far itself
@@ -153,10 +160,10 @@ def _private_copy(loader: Any, number: int) -> Any:
     return clone
 
 
-def _set_epoch(loader: Any, epoch: int) -> None:
-    for sampler in _samplers(loader):
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+def _set_epoch(loader: Any, epoch: int) -> bool:
+    """Tell the samplers that order the data by epoch; whether there are any."""
+    told = [sampler.set_epoch(epoch) for sampler in _samplers(loader) if hasattr(sampler, "set_epoch")]
+    return bool(told)
 
 
 @contextlib.contextmanager
