@@ -28,20 +28,26 @@ class SteadyState(Settling):
     3) is not looked at.
 
     Args:
-        rtol: relative residual ‖F(u)‖ / ‖δ_L‖ to reach.
+        rtol: relative residual ‖F(u)‖ / ‖δ_L‖ to reach; None for 1e-5 in float32 and 1e-11 in float64.
         max_iterations: limit on Broyden's iterations; five times as many implicit steps may follow.
     """
 
-    rtol: float = 1e-5
-    max_iterations: int = 20
+    rtol: float | None = None
+    max_iterations: int = 30
 
     def __post_init__(self) -> None:
-        require(self.rtol > 0, "rtol", self.rtol, "give a relative residual above zero, e.g. 1e-5")
+        require(self.rtol is None or self.rtol > 0, "rtol", self.rtol, "give a residual above zero, e.g. 1e-5")
         require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "allow at least one iteration")
+
+    def accuracy(self, dtype: torch.dtype) -> float:
+        """The relative residual to reach in a dtype."""
+        if self.rtol is not None:
+            return self.rtol
+        return 1e-11 if dtype == torch.float64 else 1e-5
 
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """Solve the steady state; see :class:`Settling`."""
-        leakage = controller.steady_leakage
+        leakage, rtol = controller.steady_leakage, self.accuracy(offset.dtype)
         latest: list[tuple[Tensor, Response]] = []
 
         def missing(u: Tensor) -> Tensor:
@@ -50,11 +56,11 @@ class SteadyState(Settling):
             return offset - response.rates[-1] - leakage * u
 
         if chain.reducible and chain.widths[-1] > DENSE_UP_TO:
-            root = narrow_root(chain, activity, offset, leakage, self.rtol, self.max_iterations)
+            root = narrow_root(chain, activity, offset, leakage, rtol, self.max_iterations)
             return self._settled(chain, activity, offset, root.u, leakage, root.iterations)
         dense, own = chain.widths[-1] <= DENSE_UP_TO, chain.widths[-1] <= OWN_UP_TO
         inverse = (own_inverse if own else mean_field_inverse)(chain, activity, leakage)
-        root = find_root(missing, inverse.step(offset), inverse, offset, self.rtol, self.max_iterations)
+        root = find_root(missing, inverse.step(offset), inverse, offset, rtol, self.max_iterations)
         u, iterations = root.u, root.iterations
         if dense and not root.converged.all():
             late = ~root.converged
@@ -76,7 +82,7 @@ class SteadyState(Settling):
     ) -> Settled:
         response = response or chain.respond(activity, chain.apical(u))
         residual = relative_residual(offset, response.rates[-1], u, leakage)
-        return Settled(u, response, residual, residual <= self.rtol, iterations)
+        return Settled(u, response, residual, residual <= self.accuracy(offset.dtype), iterations)
 
     def _finish(
         self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float, tried_own: bool
@@ -89,7 +95,9 @@ class SteadyState(Settling):
         iterations = 0
         if not tried_own:
             inverse = own_inverse(chain, activity, leakage)
-            root = find_root(missing, inverse.step(offset), inverse, offset, self.rtol, self.max_iterations)
+            root = find_root(
+                missing, inverse.step(offset), inverse, offset, self.accuracy(offset.dtype), self.max_iterations
+            )
             nearer = torch.linalg.vector_norm(missing(root.u), dim=1) < torch.linalg.vector_norm(missing(best), dim=1)
             best, iterations = torch.where(nearer.unsqueeze(1), root.u, best), root.iterations
             if root.converged.all():
@@ -127,7 +135,7 @@ class SteadyState(Settling):
                 rate = torch.linalg.matrix_norm(gain).unsqueeze(1)
             gain.diagonal(dim1=1, dim2=2).add_(rate)
             step = torch.linalg.solve_ex(gain, value.unsqueeze(2))[0].squeeze(2)
-            moving = norm(value) > self.rtol * size
+            moving = norm(value) > self.accuracy(offset.dtype) * size
             trial = torch.where(moving & torch.isfinite(step).all(1, keepdim=True), u + step, u)
             trial_value, trial_response = evaluate(trial)
             surprise = norm(trial_value - rate * step) / norm(value)

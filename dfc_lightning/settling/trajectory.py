@@ -69,7 +69,7 @@ class Trajectory(Simulation):
         settled: take the network as settled after T steps. Else what is left of the transient by then is computed,
             from the T-th power of a matrix of (L + 2) n_L rows a sample: outputs up to ``DENSE_UP_TO`` only.
             Where the dynamics do not come to rest (Condition 3 broken), only this shows it.
-        rtol: relative residual of the steady state to reach.
+        rtol: relative residual of the steady state to reach; None as in :class:`SteadyState`.
         tolerance: as in :class:`Euler`; used unless ``settled``, where ``rtol`` alone decides on convergence.
         error_reduction: likewise.
     """
@@ -82,7 +82,7 @@ class Trajectory(Simulation):
     instant_system: bool = False
     proactive: bool = True
     settled: bool = True
-    rtol: float = 1e-5
+    rtol: float | None = None
     tolerance: float = 1e-5
     error_reduction: float = 0.25
 
@@ -176,7 +176,9 @@ class Trajectory(Simulation):
             return right - change - controller.steady_leakage * u
 
         inverse = mean_field_inverse(chain, activity, controller.steady_leakage)
-        root = find_root(missing, inverse.step(right), inverse, right, 10 * self.rtol, 20)
+        root = find_root(
+            missing, inverse.step(right), inverse, right, 10 * SteadyState(self.rtol).accuracy(right.dtype), 30
+        )
         if root.converged.all():
             return root.u, root.converged
         late = ~root.converged
