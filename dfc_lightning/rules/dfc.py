@@ -73,7 +73,8 @@ class DFC(LearningRule):
             )
             return Update([w * scale for w in weights], [b * scale for b in biases], settled)
         settled = self.settling.settle(chain, activity, offset, self.controller)
-        response = settled.response.where(settled.counted(drop))
+        counted = settled.counted(drop)
+        response = settled.response if counted.all() else settled.response.where(counted)
         return Update(*steady_update(chain, activity, response, self.plasticity, scale), settled)
 
 
