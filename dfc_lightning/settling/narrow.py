@@ -49,7 +49,9 @@ def narrow_root(
     def measure(value: Tensor) -> Tensor:  # ‖W_L value‖, what the output misses
         return torch.linalg.vecdot(value @ gram, value).clamp_min(0).sqrt() / size
 
-    gain = chain.hidden_gain([d.mean(0, keepdim=True) for d in activity.slopes])[0] @ last / shift
+    # What z makes of itself by way of the feedback, with batch-mean slopes.
+    loop = Chain(chain.weights, chain.biases, chain.nonlinearities, [*back.split(widths), last])
+    gain = loop.hidden_gain([d.mean(0, keepdim=True) for d in activity.slopes])[0]
     gain.diagonal().add_(1)
     matrix = torch.linalg.inv_ex(gain)[0].T
     inverse = StoredSteps(lambda y: y @ matrix)
