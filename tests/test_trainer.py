@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import close
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_cases import (
@@ -182,6 +188,18 @@ def test_stages_show_in_the_progress_bar(shown, capfd):
     text = "".join(capfd.readouterr())
     assert ("initial feedback pass 1/1" in text and f"{BATCHES}/{BATCHES}" in text) == shown
     assert ("feedback pass" in text) == shown
+
+
+def test_the_rich_bar_is_redrawn_as_stages_proceed():
+    drawn = []
+
+    class Watched(RichProgressBar):
+        def refresh(self, hard: bool = False) -> None:
+            super().refresh(hard)
+            drawn.extend(int(t.completed) for t in self.progress.tasks if "feedback" in t.description and t.visible)
+
+    quiet(strategy(), enable_progress_bar=True, callbacks=[Watched()]).fit(Innocent(), loader())
+    assert set(range(1, BATCHES + 1)) <= set(drawn)
 
 
 def test_a_loader_made_anew_each_epoch():

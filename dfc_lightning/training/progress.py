@@ -24,15 +24,20 @@ def stage_bar(trainer: pl.Trainer, label: str, total: int | float, done: int) ->
         A function that advances the bar by a step.
     """
     bar = trainer.progress_bar_callback
-    length = None if total == float("inf") else int(total)
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         rich = bar.progress
-        task = rich.add_task(label, total=length, completed=done)
+        task = rich.add_task(label, total=total, completed=done)
+
+        def advance() -> None:
+            rich.update(task, advance=1)
+            bar.refresh()  # as Lightning's bars, this one is drawn anew only when asked
+
         try:
-            yield lambda: rich.update(task, advance=1, refresh=False)
+            yield advance
         finally:
             rich.update(task, visible=False)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        length = None if total == float("inf") else int(total)
         with tqdm(desc=label, total=length, initial=done, leave=False, dynamic_ncols=True) as line:
             yield lambda: line.update() and None
     else:
