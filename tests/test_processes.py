@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wide outputs": {**DOUBLE, "outputs": 9, "feedback": SAMPLED},
     "outputs wider than the layer before": {**DOUBLE, "outputs": 70, "feedback": EVERYTHING},
     "uneven": {"precision": "64-true", "feedback": EVERYTHING, "size": 61, "lightnings_sampler": True},
+    "wide outputs in float32": {"precision": "32-true", "outputs": 9, "feedback": EVERYTHING},
     "expected in float32": {**DOUBLE, "precision": "32-true", "feedback": EVERYTHING},
     "sampled in float32": {"precision": "32-true", "feedback": SAMPLED, "shuffle": True, "ddp": TINY_BUCKETS},
 }
