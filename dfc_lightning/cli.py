@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
 from dfc_lightning import data, models, settling  # noqa: F401
+from dfc_lightning.commands import COMMANDS
 from dfc_lightning.control.checks import ControlError
 
 _EXTRA = 'pip install "dfc_lightning[recipes]"'
@@ -48,7 +50,7 @@ class RecipeCLI(LightningCLI):
             pl.LightningModule,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"prog": "dfc", "description": "Train by Deep Feedback Control and other learning rules."},
+            parser_kwargs={"prog": "dfc", "description": _description()},
             parser_class=RecipeParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -127,6 +129,11 @@ def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
     return None
 
 
+def _description() -> str:
+    others = "; ".join(f"dfc {name}: {purpose}" for name, purpose in COMMANDS.items())
+    return "Train by Deep Feedback Control and other learning rules." + (f" Also: {others}." if others else "")
+
+
 def main(args: ArgsType = None) -> None:
     """Run the ``dfc`` command.
 
@@ -135,8 +142,12 @@ def main(args: ArgsType = None) -> None:
     """
     if not RequirementCache("jsonargparse[signatures]>=4.28"):
         sys.exit(f"error: the dfc command needs jsonargparse, which is not installed: {_EXTRA}")
+    words = sys.argv[1:] if args is None else args
     try:
-        RecipeCLI(args)
+        if isinstance(words, list) and words and words[0] in COMMANDS:
+            import_module(f"dfc_lightning.commands.{words[0]}").main(words[1:])
+        else:
+            RecipeCLI(args)
     except (ControlError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except FileNotFoundError as error:
