@@ -23,10 +23,9 @@ LossReduction = Literal["mean", "sum"]
 
 
 class Gradients(Protocol):
-    """What a rule answers with: a weight and a bias gradient a layer."""
+    """What a rule answers with: for each point, what its parameters are taught."""
 
-    weights: list[Tensor]
-    biases: list[Tensor]
+    gradients: list[list[Tensor]]
 
 
 class Rule(Protocol):
@@ -110,15 +109,15 @@ class Lesson:
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
             gradients = []
-            for point, weight, bias in zip(self._points, update.weights, update.biases):
-                for parameter, value in zip(point.parameters, (weight, bias)):
+            for point, taught in zip(self._points, update.gradients):
+                for parameter, value in zip(point.parameters, taught):
                     gradients.append(value.mul_(factor).to(parameter.dtype))
         return gradients
 
 
 def _versions(activity: Activity, chain: Chain) -> list[int]:
     """How often what the update is made of has been modified in place; autograd would guard it likewise."""
-    return [t._version for t in (*activity.presynaptic(), *activity.v, *chain.weights)]
+    return [t._version for t in chain.made_of(activity)]
 
 
 class _Gate(torch.autograd.Function):

@@ -62,7 +62,7 @@ def minimum_norm(case: Golden, damping: float, plasticity: str) -> Update:
     """The reference's: voltages up the gradient, by a step of 1 on the mean loss."""
     rule = MinimumNorm(damping, 1 / case.batch_size, plasticity, controlled_input=False)
     update = rule.teach(case.chain, case.activity, -case.loss_grad)
-    return Update([-w for w in update.weights], [-b for b in update.biases])
+    return Update([[-t for t in taught] for taught in update.gradients])
 
 
 # The golden arrays

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
+from dfc_lightning.control.plasticity import Plasticity
 
 WIDE = 64
 """Outputs from which on an identity Q_L is worth looking for."""
@@ -74,6 +75,11 @@ class Response(NamedTuple):
     delayed: bool = False
     """Whether the rates are those of earlier voltages than these, transmission being delayed."""
 
+    @property
+    def output(self) -> Tensor:
+        """δr_L, (B, n_L)."""
+        return self.rates[-1]
+
     def where(self, keep: Tensor, other: Response | None = None) -> Response:
         """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
         mask = keep.unsqueeze(1)
@@ -128,6 +134,14 @@ class Chain:
             rates.append(phi(voltages[-1]))
         return Activity(x, voltages, rates, self.nonlinearities)
 
+    def repeat(self, activity: Activity) -> Activity:
+        """The feedforward pass of the same input with the weights as they are now."""
+        return self.feedforward(activity.x)
+
+    def made_of(self, activity: Activity) -> list[Tensor]:
+        """The tensors that an update is made of."""
+        return [*activity.presynaptic(), *activity.v, *self.weights]
+
     # The control's way to the output
 
     @cached_property
@@ -159,20 +173,42 @@ class Chain:
             rates.append(phi.difference(activity.v[i], activity.r[i], basal[-1] + a if i else a, slopes[i]))
         return Response(basal, list(apical), rates)
 
-    def linear_response(self, slopes: Sequence[Tensor], apical: Sequence[Tensor]) -> Tensor:
-        """First-order output deviation Σ_i J_i a_i, (B, n_L), at the given slopes."""
+    def apart(self, activity: Activity, apical: Sequence[Tensor]) -> Response:
+        """What apical voltages do to each layer alone, what it hears staying feedforward."""
+        still = [torch.zeros_like(v) for v in activity.v]
+        found = [
+            phi.difference(v, r, a) for phi, v, r, a in zip(self.nonlinearities, activity.v, activity.r, apical)
+        ]
+        return Response(still, list(apical), found)
+
+    def linear_response(self, at: Activity | Sequence[Tensor], apical: Sequence[Tensor]) -> Tensor:
+        """First-order output deviation Σ_i J_i a_i, (B, n_L), at an activity's slopes or at given ones."""
+        slopes = _slopes(at)
         rates = slopes[0] * apical[0]
         for w, d, a in zip(self.weights[1:], slopes[1:], apical[1:]):
             rates = d * (rates @ w.T + a)
         return rates
 
-    def output_gain(self, slopes: Sequence[Tensor]) -> Tensor:
+    def output_gain(self, at: Activity | Sequence[Tensor], response: Response | None = None) -> Tensor:
         """JQ = Σ_i J_i Q_i, (B, n_L, n_L), by K_1 = Q_1, K_i = Q_i + W_i D_{i−1} K_{i−1}, JQ = D_L K_L.
 
         The n_L columns of K ride through each layer as rows of the batch.
+
+        Args:
+            at: the activity to linearise at, or its slopes.
+            response: take the slopes at this controlled deviation from the activity instead.
         """
+        slopes = _slopes(at)
+        if response is not None:
+            assert isinstance(at, Activity)
+            voltages = [v + b + a for v, b, a in zip(at.v, response.basal, response.driven)]
+            slopes = [phi.slope(v, phi(v)) for phi, v in zip(self.nonlinearities, voltages)]
         columns = self._columns(slopes, self.depth)
         return (columns * slopes[-1].unsqueeze(1)).transpose(1, 2)
+
+    def mean_gain(self, activity: Activity) -> Tensor:
+        """JQ with batch-mean slopes, (1, n_L, n_L)."""
+        return self.output_gain([d.mean(0, keepdim=True) for d in activity.slopes])
 
     def hidden_gain(self, slopes: Sequence[Tensor]) -> Tensor:
         """N = D_{L−1} K_{L−1}, (B, n_{L−1}, n_L): what a unit of control makes of the rates before the output layer."""
@@ -186,8 +222,9 @@ class Chain:
             columns = torch.matmul(columns * d.unsqueeze(1), w.T).add_(q.T)
         return columns
 
-    def jacobians(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+    def jacobians(self, at: Activity | Sequence[Tensor]) -> list[Tensor]:
         """J_i = ∂r_L/∂v_i, one (B, n_L, n_i) a layer: J_L = D_L, J_i = J_{i+1} W_{i+1} D_i."""
+        slopes = _slopes(at)
         product = torch.diag_embed(slopes[-1])
         found = [product]
         for w, d in zip(reversed(self.weights[1:]), reversed(slopes[:-1])):
@@ -195,8 +232,12 @@ class Chain:
             found.append(product)
         return found[::-1]
 
-    def errors(self, slopes: Sequence[Tensor], output_error: Tensor) -> list[Tensor]:
-        """Backpropagated errors J_iᵀ e, one (B, n_i) a layer, of an output error e, (B, n_L)."""
+    def errors(self, at: Activity | Sequence[Tensor], output_error: Tensor, live: bool = False) -> list[Tensor]:
+        """Backpropagated errors J_iᵀ e, one (B, n_i) a layer, of an output error e, (B, n_L).
+
+        ``live`` is for networks with batch statistics; a chain has none.
+        """
+        slopes = _slopes(at)
         error = output_error * slopes[-1]
         found = [error]
         for w, d in zip(reversed(self.weights[1:]), reversed(slopes[:-1])):
@@ -230,9 +271,50 @@ class Chain:
 
     # From activity to updates
 
+    def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
+        """Apical voltages in the shape of the layers' voltages: what they are."""
+        return list(ports)
+
+    def postsynaptic(self, activity: Activity, response: Response, plasticity: Plasticity) -> list[Tensor]:
+        """What the feedback changed in each layer, one (B, n_i) a layer; see :data:`Plasticity`."""
+        if plasticity == "voltage_difference":
+            return list(response.driven)
+        if plasticity == "derivative":
+            return [slope * drive for slope, drive in zip(activity.slopes, response.driven)]
+        found = [response.rates[0]]  # nothing upstream of the first layer moves: v_1^ff is the feedforward voltage
+        for i in range(1, self.depth):
+            phi, v, r, slope = self.nonlinearities[i], activity.v[i], activity.r[i], activity.slopes[i]
+            if response.delayed:
+                at = v + response.basal[i]
+                found.append(phi.difference(at, phi(at), response.driven[i]))
+            else:
+                found.append(response.rates[i] - phi.difference(v, r, response.basal[i], slope))
+        return found
+
+    def presynaptic(self, activity: Activity, response: Response) -> list[Tensor]:
+        """The controlled rates r_{i−1} each layer i hears, the first being the input x."""
+        return [activity.x, *(r + dr for r, dr in zip(activity.r[:-1], response.rates[:-1]))]
+
+    def update(
+        self, activity: Activity, signals: Sequence[Tensor], heard: Sequence[Tensor], scale: float
+    ) -> list[list[Tensor]]:
+        """``scale`` · Σ_b t_i r_{i−1}ᵀ and ``scale`` · Σ_b t_i: what a layer's weight and bias are taught.
+
+        Args:
+            activity: the feedforward pass.
+            signals: postsynaptic factors t_i.
+            heard: presynaptic factors r_{i−1}.
+            scale: of both.
+        """
+        return [list(pair) for pair in zip(*self.outer(signals, heard, scale))]
+
     def outer(
         self, signals: Sequence[Tensor], presynaptic: Sequence[Tensor], scale: float
     ) -> tuple[list[Tensor], list[Tensor]]:
         """``scale`` · Σ_b t_i r_{i−1}ᵀ and ``scale`` · Σ_b t_i: a layer's weight and bias gradients."""
         weights = [(t * scale).T @ r for t, r in zip(signals, presynaptic)]
         return weights, [t.sum(0) * scale for t in signals]
+
+
+def _slopes(at: Activity | Sequence[Tensor]) -> Sequence[Tensor]:
+    return at.slopes if isinstance(at, Activity) else at

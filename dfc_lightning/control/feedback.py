@@ -15,17 +15,16 @@ FEEDBACK_INITS = ("weight_product", "xavier_normal", "orthogonal", "normal", "ja
 
 
 def initial_feedback(
-    kind: FeedbackInit, weights: Sequence[Tensor], generator: torch.Generator, std: float = 0.1
+    kind: FeedbackInit, weights: Sequence[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
     """Feedback weights for layers of the given forward weights; Q_L is the identity.
 
     Args:
         kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is; ``"xavier_normal"``,
-            ``"orthogonal"`` and ``"normal"`` are random; ``"jacobian"`` starts as ``"weight_product"`` until
+            ``"orthogonal"`` and ``"normal"`` (standard deviation 0.1) are random; ``"jacobian"`` starts as ``"weight_product"`` until
             activity has been seen, see :func:`averaged_pseudoinverse`.
         weights: W_i, (n_i, n_{i−1}).
         generator: source of the random kinds, on the CPU.
-        std: standard deviation of ``"normal"``.
     """
     outputs = weights[-1].shape[0]
     last = torch.eye(outputs, dtype=weights[-1].dtype, device=weights[-1].device)
@@ -34,17 +33,19 @@ def initial_feedback(
         for w in reversed(weights[1:]):
             found.append(w.T @ found[-1])
         return found[::-1]
-    feedback = []
-    for w in weights[:-1]:
-        q = torch.empty(w.shape[0], outputs, dtype=w.dtype)
-        if kind == "xavier_normal":
-            nn.init.xavier_normal_(q, generator=generator)
-        elif kind == "orthogonal":
-            nn.init.orthogonal_(q, generator=generator)
-        else:
-            nn.init.normal_(q, std=std, generator=generator)
-        feedback.append(q.to(w.device))
-    return [*feedback, last]
+    return [*(random_feedback(kind, w.new_empty(w.shape[0], outputs), generator) for w in weights[:-1]), last]
+
+
+def random_feedback(kind: FeedbackInit, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random feedback weights of the shape, dtype and device of ``like``."""
+    q = torch.empty(like.shape, dtype=like.dtype)
+    if kind == "xavier_normal":
+        nn.init.xavier_normal_(q, generator=generator)
+    elif kind == "orthogonal":
+        nn.init.orthogonal_(q, generator=generator)
+    else:
+        nn.init.normal_(q, std=0.1, generator=generator)
+    return q.to(like.device)
 
 
 def averaged_pseudoinverse(chain: Chain, activity: Activity, damping: float = 0.1) -> list[Tensor]:
@@ -55,7 +56,11 @@ def averaged_pseudoinverse(chain: Chain, activity: Activity, damping: float = 0.
         activity: a feedforward pass.
         damping: γ > 0.
     """
-    jacobians = chain.jacobians(activity.slopes)
+    return pseudoinverse_mean(chain.jacobians(activity), damping)
+
+
+def pseudoinverse_mean(jacobians: Sequence[Tensor], damping: float = 0.1) -> list[Tensor]:
+    """The mean over samples of J_iᵀ(JJᵀ + γI)⁻¹ for Jacobians of each sample, (B, n_L, n_i)."""
     gram = sum((j @ j.mT for j in jacobians[1:]), start=jacobians[0] @ jacobians[0].mT)
     gram.diagonal(dim1=1, dim2=2).add_(damping)
     factor = torch.linalg.cholesky(gram)

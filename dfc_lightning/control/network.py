@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfc_lightning.autograd import Lesson, LossReduction, Rule
 from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.chain_watch import ChainWatch, FirstWatch
 from dfc_lightning.control.checks import ControlError, require
 from dfc_lightning.control.feedback import (
     FEEDBACK_INITS,
@@ -19,24 +20,41 @@ from dfc_lightning.control.feedback import (
     averaged_pseudoinverse,
     initial_feedback,
 )
+from dfc_lightning.control.graph import Graph, GraphActivity
+from dfc_lightning.control.graph_feedback import (
+    CONV_FEEDBACK,
+    ConvFeedback,
+    check_samples_are_independent,
+    initial_graph_feedback,
+    port_shapes,
+)
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
-from dfc_lightning.control.points import ControlPoint, find_points
-from dfc_lightning.control.trace import OperationRecorder
+from dfc_lightning.control.points import ControlPoint, find_points, scope_of
+from dfc_lightning.control.watch import GraphWatch
+
+AtOutput = Callable[["Activity | GraphActivity", Tensor], Tensor]
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 class ControlledNetwork:
     """Finds the control points of a module and owns the feedback weights Q_i, one (n_i, n_L) tensor a point.
 
     The module itself is left as it is: hooks are on it only inside :meth:`watched`. The first forward pass seen
-    there fixes the order of the layers and the nonlinearities between them; the first in training mode and the first
-    in evaluation mode are checked. What follows the last layer, a log-softmax say, counts as part of the loss: the
-    network's output r_L is that layer's voltage.
+    there finds the order of the layers and what lies between them. Dense layers with elementwise functions between
+    them are a :class:`Chain`, with the closed forms of that; anything else is a :class:`Graph`. The network's output
+    r_L is the first matrix, (B, n_L), that depends on all layers; what follows it, a log-softmax say, counts as part
+    of the loss.
 
     Args:
-        module: any module whose trainable layers are a chain of ``nn.Linear`` with elementwise functions between.
-        network: name of the submodule that is the chain; None if all trainable parameters belong to it.
-        feedback_init: initial feedback weights, see :func:`initial_feedback`.
+        module: any module whose trainable parameters are those of linear and convolutional layers and of
+            normalisations.
+        network: name of the submodule to control; None if all trainable parameters belong to it.
+        feedback_init: initial feedback weights, see :func:`initial_feedback` and :func:`initial_graph_feedback`.
         seed: seed of random feedback weights; None to follow ``torch.manual_seed``.
+        conv_feedback: feedback of convolutions, of n_L values to each unit of C maps of H × W positions:
+            ``"dense"``, C·H·W·n_L weights; ``"channel"``, C·n_L weights, all positions hearing the same; ``"auto"``,
+            dense up to ``DENSE_FEEDBACK_UP_TO`` weights a point.
+        general: treat a chain as any other network, without its closed forms.
 
     Raises:
         ControlError: the module cannot be controlled; the message says why and what to do.
@@ -48,15 +66,25 @@ class ControlledNetwork:
         network: str | None = None,
         feedback_init: FeedbackInit = "weight_product",
         seed: int | None = None,
+        conv_feedback: ConvFeedback = "auto",
+        general: bool = False,
     ) -> None:
         require(feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
+        require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.module = module
-        self.points: list[ControlPoint] = find_points(module, network)
-        self.feedback_init = feedback_init
+        self._layers = find_points(module, network)
+        self.points: list[ControlPoint] = list(self._layers)
+        self.feedback_init, self.conv_feedback = feedback_init, conv_feedback
         self.seed = torch.initial_seed() if seed is None else seed
         self.feedback: list[nn.Parameter] = []
+        self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """The mean of a tensor over processes, for feedback weights that start from activity."""
         self._seen: set[bool] = set()  # in training mode, in evaluation mode
-        self._initialise_feedback()
+        self._shapes: list[tuple[int, ...]] = []
+        drops = any(isinstance(m, _DROPOUT) and m.p > 0 for m in scope_of(module, network)[0].modules())
+        self.is_graph = general or drops or not all(point.dense for point in self.points)
+        if not self.is_graph:
+            self._initialise_feedback()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass."""
@@ -64,40 +92,44 @@ class ControlledNetwork:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Weights and biases of all control points, in order."""
+        """The parameters of all control points, in order."""
         return [p for point in self.points for p in point.parameters]
 
-    def chain(self) -> Chain:
-        """The chain as it is now, detached, in float32 or better; known once a forward pass has been seen."""
+    def chain(self) -> Chain | Graph:
+        """The network as it is now, detached, in float32 or better; known once a forward pass has been seen."""
         if not self._seen:
             raise ControlError("The nonlinearities are not known yet: run a batch with observe() first.")
         dtype = self.dtype
         for point, q in zip(self.points, self.feedback):
-            q.data = q.data.to(point.layer.weight.device, dtype)
+            q.data = q.data.to(point.parameters[0].device, dtype)
+        feedback = [q.detach() for q in self.feedback]
+        if self.is_graph:
+            return Graph(feedback, self._shapes, port_shapes(self.points, self._shapes, feedback))
+        layers = [p.layer for p in self.points]
         return Chain(
-            [p.layer.weight.detach().to(dtype) for p in self.points],
-            [None if p.layer.bias is None else p.layer.bias.detach().to(dtype) for p in self.points],
+            [layer.weight.detach().to(dtype) for layer in layers],
+            [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers],
             [p.nonlinearity or Identity() for p in self.points],
-            [q.detach() for q in self.feedback],
+            feedback,
         )
 
     @property
     def dtype(self) -> torch.dtype:
         """What settling is computed in: the weights' dtype, but float32 at least."""
-        return torch.promote_types(self.points[0].layer.weight.dtype, torch.float32)
+        return torch.promote_types(self.points[0].parameters[0].dtype, torch.float32)
 
-    def observe(self, *args: Any, **kwargs: Any) -> Activity:
+    def observe(self, *args: Any, **kwargs: Any) -> Activity | GraphActivity:
         """Run the module as far as the network's output, without gradients, and return the activity."""
         with torch.no_grad():
             return self.observing(lambda: self.module(*args, **kwargs))
 
-    def observing(self, run: Callable[[], Any]) -> Activity:
+    def observing(self, run: Callable[[], Any]) -> Activity | GraphActivity:
         """Call ``run``, which runs the module, and break it off at the network's output.
 
         Nothing after the output is run: no loss, no logging.
         """
 
-        def stop(activity: Activity, output: Tensor) -> Tensor:
+        def stop(activity: Activity | GraphActivity, output: Tensor) -> Tensor:
             raise _OutputReached(activity)
 
         try:
@@ -130,7 +162,7 @@ class ControlledNetwork:
         """
         lesson = Lesson(rule, loss_reduction)
 
-        def open_lesson(activity: Activity, output: Tensor) -> Tensor:
+        def open_lesson(activity: Activity | GraphActivity, output: Tensor) -> Tensor:
             return lesson.open(activity, self.chain(), self.points, output)
 
         with self.watched(open_lesson):
@@ -138,32 +170,71 @@ class ControlledNetwork:
 
     def jacobian(self, *args: Any, **kwargs: Any) -> Tensor:
         """J = ∂r_L/∂[v_1 … v_L] of each sample, (B, n_L, Σ n_i)."""
-        activity = self.observe(*args, **kwargs)
-        return torch.cat(self.chain().jacobians(activity.slopes), dim=2)
+        return torch.cat(self.chain().jacobians(self.observe(*args, **kwargs)), dim=2)
 
     @contextlib.contextmanager
-    def watched(self, at_output: Callable[[Activity, Tensor], Tensor]) -> Iterator[None]:
+    def watched(self, at_output: AtOutput) -> Iterator[None]:
         """Watch one forward pass; inside, no error can travel from one layer to the one before.
 
         Args:
-            at_output: called with the activity and the last layer's output once all control points have been
-                passed; what it returns takes the output's place.
+            at_output: called with the activity and the network's output once all control points have been passed;
+                what it returns takes the output's place.
 
         Raises:
-            ControlError: a layer is passed twice or not at all, or what lies between two is not elementwise.
+            ControlError: a layer is passed twice or not at all, or its output is lost on the way.
         """
-        watch = _Watch(self, at_output, None if self.module.training in self._seen else OperationRecorder())
+        watch = self._watch(at_output)
         with contextlib.ExitStack() as stack:
-            for point in self.points:
+            for point in self._layers:
+                if isinstance(watch, GraphWatch):
+                    hook = point.layer.register_forward_pre_hook(watch.before, with_kwargs=True)
+                    stack.callback(hook.remove)
                 hook = point.layer.register_forward_hook(watch.passed, with_kwargs=True)
                 stack.callback(hook.remove)
-            if watch.recorder is not None:
-                stack.enter_context(watch.recorder)
+            for mode in watch.modes:
+                stack.enter_context(mode)
             yield
         watch.check_complete()
 
-    def settle_order(self, order: list[ControlPoint], found: list[tuple[Nonlinearity, bool]]) -> None:
-        """Take over what the first forward pass has shown: the layers' order and nonlinearities."""
+    def _watch(self, at_output: AtOutput) -> ChainWatch | GraphWatch:
+        if self.is_graph:
+
+            def graph_seen(activity: GraphActivity, order: list[ControlPoint], output: Tensor) -> Tensor:
+                self._recognise(activity, order)
+                return at_output(activity, output)
+
+            return GraphWatch(self._layers, graph_seen, self.dtype)
+        if not self._seen:
+
+            def first_seen(
+                watch: FirstWatch,
+                activity: GraphActivity,
+                order: list[ControlPoint],
+                found: list[tuple[Nonlinearity, bool]] | None,
+                output: Tensor,
+            ) -> Tensor:
+                if found is None:
+                    self.is_graph, self.feedback = True, []
+                    self._recognise(activity, order)
+                    return at_output(activity, output)
+                self._settle_order(order, found)
+                return at_output(self._activity(watch.inputs, watch.voltages, adopt=True), output)
+
+            return FirstWatch(self._layers, first_seen, self.dtype)
+
+        check = self.module.training not in self._seen
+
+        def chain_seen(
+            inputs: list[Tensor], voltages: list[Tensor], found: list[tuple[Nonlinearity, bool]], output: Tensor
+        ) -> Tensor:
+            if check:
+                self._settle_order(self.points, found)
+            return at_output(self._activity(inputs, voltages), output)
+
+        return ChainWatch(self.points, chain_seen, check)
+
+    def _settle_order(self, order: list[ControlPoint], found: list[tuple[Nonlinearity, bool]]) -> None:
+        """Take over what a forward pass has shown: the layers' order and nonlinearities."""
         for point, (nonlinearity, overwrites) in zip(order, found):
             point.nonlinearity, point.overwrites = nonlinearity, overwrites
         reordered = [p.name for p in order] != [p.name for p in self.points]
@@ -172,12 +243,54 @@ class ControlledNetwork:
         if reordered:
             self._initialise_feedback()
 
-    def adopt(self, activity: Activity) -> None:
-        """Feedback weights that are initialised from activity take their values from this one."""
-        if self.feedback_init == "jacobian":
-            for q, value in zip(self.feedback, averaged_pseudoinverse(self.chain(), activity)):
-                q.data = value
-            self.feedback_init = "weight_product"  # values are given now: none to be taken from activity
+    def _activity(self, inputs: list[Tensor], voltages: list[Tensor], adopt: bool = False) -> Activity:
+        chain, dtype = self.chain(), self.dtype
+        assert isinstance(chain, Chain)
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            if voltages[0].dtype != dtype:  # autocast: settle from a feedforward pass in full precision
+                activity = chain.feedforward(inputs[0].to(dtype))
+            else:
+                activity = Activity(inputs[0], voltages, [*inputs[1:], voltages[-1]], chain.nonlinearities)
+            if adopt and self.feedback_init == "jacobian":
+                self._adopt([self.average(q) for q in averaged_pseudoinverse(chain, activity)])
+        return activity
+
+    def _adopt(self, values: list[Tensor]) -> None:
+        """Take feedback weights from activity."""
+        self.feedback = [nn.Parameter(q) for q in values]
+        self.feedback_init = "weight_product"  # values are given now: none to be taken from activity
+
+    def _recognise(self, activity: GraphActivity, order: list[ControlPoint]) -> None:
+        """Take over what the first forward pass of a graph has shown, or see that a later one is like it."""
+        shapes = [tuple(v.shape[1:]) for v in activity.v]
+        names = [p.name for p in order]
+        if self._shapes and (shapes != self._shapes or names != [p.name for p in self.points]):
+            raise ControlError(
+                f"The layers {names} with voltages of the shapes {shapes} were run in this step, but "
+                f"{[p.name for p in self.points]} with {self._shapes} in the first one. Feedback control needs the "
+                "same layers in the same order, and inputs of the same shape, in every step."
+            )
+        if self.module.training not in self._seen:
+            with torch.no_grad(), torch.autocast(activity.output.device.type, enabled=False):
+                check_samples_are_independent(activity)
+        if not self._shapes:
+            loaded = {p.name: q for p, q in zip(self.points, self.feedback)}
+            self.points, self._shapes = order, shapes
+            outputs = activity.output.shape[1]
+            if loaded:
+                self.feedback = [loaded[name] for name in names]
+                port_shapes(order, shapes, [q.detach() for q in self.feedback], outputs)  # raises if they do not fit
+            else:
+                with torch.no_grad(), torch.autocast(activity.output.device.type, enabled=False):
+                    values = initial_graph_feedback(
+                        self.feedback_init,
+                        order,
+                        activity,
+                        self.conv_feedback,
+                        torch.Generator().manual_seed(self.seed),
+                    )
+                self._adopt([self.average(q) for q in values])
+        self._seen.add(self.module.training)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The feedback weights by the names of their layers."""
@@ -190,22 +303,27 @@ class ControlledNetwork:
             ControlError: they belong to another network; nothing is changed then.
         """
         known = {point.name: point for point in self.points}
-        if set(state) != set(known):
+        # A normalisation of a graph may turn out to belong to the layer before it, once a forward pass is seen.
+        optional = set() if self._seen or not self.is_graph else {p.name for p in self.points if not p.is_layer}
+        if not set(known) - optional <= set(state) <= set(known):
             raise ControlError(
                 f"The feedback weights to load are for the layers {sorted(state)}, but this network has "
                 f"{sorted(known)}. Load them into the network they were saved from."
             )
-        # The order saved is the order of the chain, if no forward pass has shown it yet.
+        # The order saved is the order of the network, if no forward pass has shown it yet.
         order = self.points if self._seen else [known[name] for name in state]
-        for point in order:
-            shape, needed = tuple(state[point.name].shape), (point.width, order[-1].width)
+        outputs = next(reversed(state.values())).shape[1] if self.is_graph else order[-1].width
+        for k, point in enumerate(order):
+            shape, needed = tuple(state[point.name].shape), (point.width, outputs)
+            if self.is_graph:  # how many units a map has is known by a forward pass only
+                needed = tuple(self.feedback[k].shape) if self._seen else (shape[0], outputs)
             if shape != needed:
                 raise ControlError(
                     f"The feedback weight to load for {point.name!r} has the shape {shape}, but the layer's units and "
                     f"the network's outputs make {needed}. Load it into the network it was saved from."
                 )
         self.points = order
-        self.feedback = [nn.Parameter(state[p.name].to(p.layer.weight.device, self.dtype)) for p in order]
+        self.feedback = [nn.Parameter(state[p.name].to(p.parameters[0].device, self.dtype)) for p in order]
         if self.feedback_init == "jacobian":
             self.feedback_init = "weight_product"  # values are given: none to be taken from activity
 
@@ -225,93 +343,8 @@ class _OutputReached(BaseException):
     No ``Exception``, so that an ``except`` clause of the user's around the forward pass lets it through.
     """
 
-    def __init__(self, activity: Activity) -> None:
+    def __init__(self, activity: Activity | GraphActivity) -> None:
         super().__init__()
         self.activity = activity
 
 
-class _Watch:
-    """The hooks' record of one forward pass."""
-
-    def __init__(
-        self,
-        network: ControlledNetwork,
-        at_output: Callable[[Activity, Tensor], Tensor],
-        recorder: OperationRecorder | None,
-    ) -> None:
-        self.network, self.at_output, self.recorder = network, at_output, recorder
-        self.waiting = {id(point.layer): point for point in network.points}
-        self.order: list[ControlPoint] = []
-        self.inputs: list[Tensor] = []
-        self.voltages: list[Tensor] = []
-        self.found: list[tuple[Nonlinearity, bool]] = []
-        self.handed_on: Tensor | None = None
-
-    def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Forward hook: note what went in and out, and hand the output on without its history."""
-        point = self.waiting.pop(id(layer), None)
-        if point is None:
-            name = next(p.name for p in self.network.points if p.layer is layer)
-            raise ControlError(
-                f"The layer {name!r} is called twice in one step. Feedback control settles one pass of the network; "
-                "call it once in training_step, and use each layer once in it."
-            )
-        received = args[0] if args else kwargs["input"]
-        if output.dim() != 2:
-            raise ControlError(
-                f"The layer {point.name!r} returns the shape {tuple(output.shape)}; a controlled layer maps (B, n_in) "
-                "to (B, n_out). Flatten its input to two dimensions."
-            )
-        if received.requires_grad and torch.is_grad_enabled():
-            raise ControlError(
-                f"The input of the layer {point.name!r} wants a gradient, but feedback control sends none back through "
-                "a layer: what computes it would not learn. Freeze that with requires_grad_(False), or detach() it."
-            )
-        if self.recorder is not None and self.handed_on is not None:
-            before = self.voltages[-1]
-            self.found.append(self.recorder.path(self.handed_on, received, before, self.order[-1].name))
-        if self.network._seen and self.network.points[len(self.order)] is not point:
-            raise ControlError(
-                f"The layer {point.name!r} is called in another order than in the first step. The layers of a "
-                "controlled chain follow each other the same way in every step."
-            )
-        self.order.append(point)
-        self.inputs.append(received.detach())
-        voltage = output.detach()
-        keep = self.recorder is not None or point.overwrites
-        self.voltages.append(voltage.clone() if keep else voltage)
-        if self.waiting:
-            self.handed_on = voltage
-            return voltage
-        return self.at_output(self._activity(), output)
-
-    def _activity(self) -> Activity:
-        network = self.network
-        if self.recorder is not None:
-            network.settle_order(self.order, [*self.found, (Identity(), False)])
-        chain = network.chain()
-        dtype = network.dtype
-        with torch.autocast(self.inputs[0].device.type, enabled=False):
-            if self.voltages[0].dtype != dtype:  # autocast: settle from a feedforward pass in full precision
-                activity = chain.feedforward(self.inputs[0].to(dtype))
-            else:
-                rates = [*self.inputs[1:], self.voltages[-1]]
-                activity = Activity(self.inputs[0], self.voltages, rates, chain.nonlinearities)
-            if self.recorder is not None:
-                network.adopt(activity)
-        return activity
-
-    def check_complete(self) -> None:
-        """Complain of layers that the pass did not reach."""
-        if not self.waiting:
-            return
-        names = [point.name for point in self.waiting.values()]
-        if not self.order:
-            raise ControlError(
-                f"The network was not called: none of its layers ({', '.join(names)}) was run in this step. Call it "
-                "once in training_step; a module compiled before training hides its layers, so compile it later."
-            )
-        raise ControlError(
-            f"The layers {', '.join(names)} were not run in this step, and cannot be taught. Freeze them with "
-            "requires_grad_(False), or name the submodule to control with network='…'."
-        )

@@ -71,9 +71,14 @@ class Tanh(Nonlinearity):
     def difference(self, v: Tensor, r: Tensor, d: Tensor, slope: Tensor | None = None) -> Tensor:
         gain = self.slope(v, r) if slope is None else slope
         # On the CPU a look at the largest d is free, and mostly saves transcendental functions.
-        largest = d.abs().amax() if d.device.type == "cpu" and d.numel() else torch.inf
-        t = torch.addcmul(d, d * d, d, value=-1 / 3) if largest < _CUBIC[d.dtype] else torch.tanh(d)
-        small = (t * gain).div_((r * t).add_(1))
+        largest = float(d.abs().amax()) if d.device.type == "cpu" and d.numel() else torch.inf
+        if largest < _CUBIC[d.dtype]:
+            t = d * d
+            torch.addcmul(d, t, d, value=-1 / 3, out=t)
+        else:
+            t = torch.tanh(d)
+        below = torch.addcmul(d.new_ones(()), r, t)
+        small = t.mul_(gain).div_(below)
         if largest < 1:
             return small
         # Saturated units driven back hard make 1 + r tanh(d) vanish: there the plain difference is exact enough.
@@ -108,11 +113,13 @@ class LeakyReLU(Nonlinearity):
 
     def difference(self, v: Tensor, r: Tensor, d: Tensor, slope: Tensor | None = None) -> Tensor:
         # Piece by piece: the part of the way from v to v + d that lies above zero, and the part below.
-        above = torch.where(v > 0, torch.maximum(d, -v), (v + d).clamp_min(0))
+        positive = torch.relu(v) if self.negative_slope else r
+        negative = v - positive
+        above = torch.maximum(negative + d, -positive)
         if not self.negative_slope:
             return above
-        below = torch.where(v > 0, (v + d).clamp_max(0), torch.minimum(d, -v))
-        return above + self.negative_slope * below
+        below = torch.minimum(positive + d, -negative)
+        return above.add_(below, alpha=self.negative_slope)
 
 
 @dataclass(frozen=True)

@@ -10,37 +10,51 @@ from torch.nn.parameter import UninitializedParameter
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.nonlinearity import Nonlinearity
+from dfc_lightning.control.segments import LAYERS, NORMS
 
 
 @dataclass
 class ControlPoint:
-    """The output of a linear layer, v_i = W_i r_{i−1} + b_i, and the nonlinearity that follows it.
+    """A voltage v_i that feedback drives: a layer's output, v_i = W_i r_{i−1} + b_i, or a normalisation's.
 
     Args:
         name: the layer's name in the module.
-        layer: the layer.
+        layer: a linear or convolutional layer, or a normalisation that follows none of these directly.
         nonlinearity: φ_i; None until the first forward pass has shown it.
         overwrites: whether φ_i works in place and destroys the voltage.
+        norm: the normalisation that follows the layer directly; the voltage is then what it returns.
     """
 
     name: str
-    layer: nn.Linear
+    layer: nn.Module
     nonlinearity: Nonlinearity | None = None
     overwrites: bool = False
+    norm: nn.Module | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer is an ``nn.Linear``."""
+        return isinstance(self.layer, nn.Linear)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a linear or convolutional layer, not a normalisation alone."""
+        return isinstance(self.layer, LAYERS)
 
     @property
     def width(self) -> int:
-        """n_i."""
-        return self.layer.out_features
+        """n_i of a dense layer; of others the number of channels."""
+        return self.layer.weight.shape[0]  # type: ignore[union-attr,return-value]
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The weight and, if there is one, the bias."""
-        return [p for p in (self.layer.weight, self.layer.bias) if p is not None]
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases: the layer's, then the normalisation's."""
+        modules = [self.layer] if self.norm is None else [self.layer, self.norm]
+        return [p for m in modules for p in (m.weight, getattr(m, "bias", None)) if p is not None]  # type: ignore[misc]
 
 
 def find_points(module: nn.Module, network: str | None = None) -> list[ControlPoint]:
-    """The trainable Linear layers of a module, in the order of their registration.
+    """The trainable layers and normalisations of a module, in the order of their registration.
 
     Args:
         module: where to look.
@@ -49,35 +63,49 @@ def find_points(module: nn.Module, network: str | None = None) -> list[ControlPo
     Raises:
         ControlError: there is none, a parameter belongs to several, or a trainable parameter to none of them.
     """
-    scope = module
-    if network is not None:
-        try:
-            scope = module.get_submodule(network)
-        except AttributeError as error:
-            names = ", ".join(repr(name) for name, _ in module.named_children())
-            raise ControlError(
-                f"network={network!r} is no submodule of {type(module).__name__}; its submodules are {names}."
-            ) from error
-    prefix = f"{network}." if network else ""
+    scope, prefix = scope_of(module, network)
     points = [
         ControlPoint(f"{prefix}{name}".rstrip("."), layer)
         for name, layer in scope.named_modules()
-        if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters())
+        if isinstance(layer, (*LAYERS, *NORMS)) and any(p.requires_grad for p in layer.parameters())
     ]
     where = type(module).__name__ if network is None else f"network={network!r}"
-    if not points:
+    if not any(isinstance(point.layer, LAYERS) for point in points):
         raise ControlError(
-            f"No control point in {where}: it has no trainable nn.Linear layer. Feedback control drives the outputs "
-            "of Linear layers; use a network of these and elementwise nonlinearities."
+            f"No control point in {where}: it has no trainable linear or convolutional layer. Feedback control drives "
+            "the outputs of such layers."
         )
     _check_parameters(points, scope, prefix)
     return points
 
 
+def scope_of(module: nn.Module, network: str | None) -> tuple[nn.Module, str]:
+    """The submodule to control, and the prefix of the names in it.
+
+    Raises:
+        ControlError: there is none of that name.
+    """
+    if network is None:
+        return module, ""
+    try:
+        return module.get_submodule(network), f"{network}." if network else ""
+    except AttributeError as error:
+        names = ", ".join(repr(name) for name, _ in module.named_children())
+        raise ControlError(
+            f"network={network!r} is no submodule of {type(module).__name__}; its submodules are {names}."
+        ) from error
+
+
 def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str) -> None:
     owner: dict[int, str] = {}
     for point in points:
-        for parameter in point.parameters:
+        padding, kernel = getattr(point.layer, "padding", 0), getattr(point.layer, "kernel_size", ())
+        if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(point.layer.dilation, kernel)):  # type: ignore
+            raise ControlError(
+                f"The layer {point.name!r} has padding='same' with an even kernel, which pads one side more than the "
+                "other. Pad before it with nn.ZeroPad2d, say, and give it padding=0."
+            )
+        for parameter in point.layer.parameters():
             if isinstance(parameter, UninitializedParameter):
                 raise ControlError(
                     f"The layer {point.name!r} has no weights yet. Run one batch through the module before it is "
@@ -86,15 +114,18 @@ def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str)
             other = owner.setdefault(id(parameter), point.name)
             if other != point.name:
                 raise ControlError(
-                    f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled chain "
+                    f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled network "
                     "learns from its own input; give them parameters of their own."
                 )
+        if not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
+            owner = {k: v for k, v in owner.items() if v != point.name}  # parametrized: its weight is no parameter
     untaught = [f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
     if untaught:
         raise ControlError(
-            f"No segment of the controlled chain can teach the parameters {_listed(untaught)}: only weights and "
-            "biases of Linear layers learn by feedback control. Freeze them with requires_grad_(False), or name the "
-            "submodule that is a chain of Linear layers with network='…'; parameters outside it are left to autograd."
+            f"No control point can teach the parameters {_listed(untaught)}: only weights and biases of linear and "
+            "convolutional layers, and of the usual normalisations, learn by feedback control. Freeze them with "
+            "requires_grad_(False), or name the submodule that is made of such layers with network='…'; parameters "
+            "outside it are left to autograd."
         )
 
 

@@ -38,7 +38,7 @@ def gauss_newton_update(chain: Chain, activity: Activity, loss_grad: Tensor, dam
     """
     require(damping >= 0, "damping", damping, "give a damping of zero or more")
     inputs = activity.presynaptic()
-    jacobians = chain.jacobians(activity.slopes)
+    jacobians = chain.jacobians(activity)
     gram = loss_grad.new_zeros(1)
     for j, r, bias in zip(jacobians, inputs, chain.biases):
         weight = r.square().sum(1) + (0.0 if bias is None else 1.0)
@@ -47,4 +47,4 @@ def gauss_newton_update(chain: Chain, activity: Activity, loss_grad: Tensor, dam
     factor, _ = torch.linalg.cholesky_ex(gram)
     solved = torch.cholesky_solve(loss_grad.unsqueeze(2), factor)
     signals = [(j.mT @ solved).squeeze(2) for j in jacobians]
-    return Update(*chain.outer(signals, inputs, 1 / activity.batch_size))
+    return Update(chain.update(activity, signals, inputs, 1 / activity.batch_size))

@@ -12,9 +12,9 @@ from dfc_lightning.rules.rule import LearningRule, Update
 
 @dataclass(frozen=True)
 class Backprop(LearningRule):
-    """The gradient of the loss, formed from the chain's own errors J_iᵀ ∂ℓ/∂r_L."""
+    """The gradient of the loss, formed from the network's own errors J_iᵀ ∂ℓ/∂r_L."""
 
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        signals = chain.errors(activity.slopes, loss_grad)
-        return Update(*chain.outer(signals, activity.presynaptic(), 1 / activity.batch_size))
+        signals = chain.spread(chain.errors(activity, loss_grad, live=True))
+        return Update(chain.update(activity, signals, activity.presynaptic(), 1 / activity.batch_size))

@@ -21,6 +21,7 @@ class DFA(LearningRule):
     def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         slopes = activity.slopes
-        signals = [d * error for d, error in zip(slopes, chain.apical(loss_grad))]
-        signals[-1] = slopes[-1] * loss_grad
-        return Update(*chain.outer(signals, activity.presynaptic(), 1 / activity.batch_size))
+        signals = [d * error for d, error in zip(slopes, chain.spread(chain.apical(loss_grad)))]
+        if signals[-1].shape == loss_grad.shape:
+            signals[-1] = slopes[-1] * loss_grad
+        return Update(chain.update(activity, signals, activity.presynaptic(), 1 / activity.batch_size))

@@ -10,7 +10,7 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.plasticity import PLASTICITIES, Plasticity, postsynaptic, presynaptic
+from dfc_lightning.control.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.control.target import ClampedTarget, NudgedTarget
 from dfc_lightning.rules.rule import LearningRule, Update
 from dfc_lightning.settling.settled import Settling, Simulation
@@ -71,17 +71,16 @@ class DFC(LearningRule):
             settled, (weights, biases) = self.settling.settle_and_integrate(
                 chain, activity, offset, self.controller, self.plasticity, drop
             )
-            return Update([w * scale for w in weights], [b * scale for b in biases], settled)
+            return Update([[w * scale, b * scale] for w, b in zip(weights, biases)], settled)
         settled = self.settling.settle(chain, activity, offset, self.controller)
         counted = settled.counted(drop)
         response = settled.response if counted.all() else settled.response.where(counted)
-        return Update(*steady_update(chain, activity, response, self.plasticity, scale), settled)
+        return Update(steady_update(chain, activity, response, self.plasticity, scale), settled)
 
 
 def steady_update(
     chain: Chain, activity: Activity, response: Response, plasticity: Plasticity, scale: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """``scale`` times the weight and bias changes of Eq. (5) in one state of the controlled network."""
-    signals = postsynaptic(chain, activity, response, plasticity)
-    heard = presynaptic(activity, response)
-    return chain.outer(signals, heard, scale)
+) -> list[list[Tensor]]:
+    """``scale`` times the parameters' changes by Eq. (5) in one state of the controlled network."""
+    signals = chain.postsynaptic(activity, response, plasticity)
+    return chain.update(activity, signals, chain.presynaptic(activity, response), scale)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
-from dfc_lightning.control.plasticity import Plasticity, postsynaptic
+from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.control.target import NudgedTarget
 from dfc_lightning.rules.dfc import steady_update
 from dfc_lightning.rules.rule import LearningRule, Update
@@ -45,16 +45,14 @@ class MinimumNorm(LearningRule):
         scale = -1 / (self.target_stepsize * activity.batch_size)
         if self.controlled_input:
             response = chain.respond(activity, driven)
-            return Update(*steady_update(chain, activity, response, self.plasticity, scale))
-        still = [torch.zeros_like(v) for v in activity.v]
-        rates = [phi.difference(v, r, a) for phi, v, r, a in zip(chain.nonlinearities, activity.v, activity.r, driven)]
-        signals = postsynaptic(chain, activity, Response(still, driven, rates), self.plasticity)
-        return Update(*chain.outer(signals, activity.presynaptic(), scale))
+            return Update(steady_update(chain, activity, response, self.plasticity, scale))
+        signals = chain.postsynaptic(activity, chain.apart(activity, driven), self.plasticity)
+        return Update(chain.update(activity, signals, activity.presynaptic(), scale))
 
 
 def minimum_norm_voltages(chain: Chain, activity: Activity, offset: Tensor, damping: float) -> list[Tensor]:
     """J_iᵀ(JJᵀ + γI)⁻¹ δ_L of each layer, one (B, n_i) each, J = [J_1 … J_L]."""
-    jacobians = chain.jacobians(activity.slopes)
+    jacobians = chain.jacobians(activity)
     gram = sum((j @ j.mT for j in jacobians[1:]), start=jacobians[0] @ jacobians[0].mT)
     gram.diagonal(dim1=1, dim2=2).add_(damping)
     factor, _ = torch.linalg.cholesky_ex(gram)

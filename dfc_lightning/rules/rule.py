@@ -21,14 +21,22 @@ class Update:
     its meaning from rule to rule.
 
     Args:
-        weights: one (n_i, n_{i−1}) a layer.
-        biases: one (n_i,) a layer.
+        gradients: for each point, what the weight, the bias and the parameters of a normalisation are taught.
         settled: the settled network behind it, where there is one.
     """
 
-    weights: list[Tensor]
-    biases: list[Tensor]
+    gradients: list[list[Tensor]]
     settled: Settled | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of the layers' weights, W_i."""
+        return [taught[0] for taught in self.gradients]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Those of the layers' biases, where all have one."""
+        return [taught[1] for taught in self.gradients]
 
 
 class LearningRule(ABC):

@@ -1,0 +1,427 @@
+"""Any network under control: convolutions, branches, residual sums and normalisation between the control points.
+
+The operations of a forward pass are made again, in deviations from that pass, with Q_i u added at each control point.
+A point's voltage v_i is the output of a linear or convolutional layer, or of the normalisation that follows it
+directly, so that no teaching signal has to travel back through another layer's weights to reach a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
+from dfc_lightning.control.operations import BatchNorm, Deviations, Frame, Live, MaxPool, Operation, Rate, Slot
+from dfc_lightning.control.segments import Segment
+from dfc_lightning.control.tape import Passage
+
+MEAN_OVER = 8
+"""Samples that the batch-mean Jacobian product is taken from."""
+
+ROWS_AT_ONCE = 512
+"""Rows of Jacobians that ride through the network together."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a point's voltage becomes a rate.
+
+    Args:
+        phi: the nonlinearity; the identity where a point has none of its own.
+        operation: where it is recorded, its argument being the voltage, or a sum of the voltage with another branch;
+            None for one that is taken of the voltage itself.
+        pool: the max-pooling just before or after it: of the units in a window only the most active one has a rate.
+    """
+
+    phi: Nonlinearity
+    operation: Rate | None = None
+    pool: MaxPool | None = None
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What a forward pass did, from the layers' inputs to the network's output.
+
+    Args:
+        program: the operations, in order.
+        segments: the layer, and the normalisation, of each control point.
+        passages: where each point lies.
+        sites: its nonlinearity.
+        output: slot of the network's output.
+    """
+
+    program: Sequence[Operation]
+    segments: Sequence[Segment]
+    passages: Sequence[Passage]
+    sites: Sequence[Site]
+    output: Slot
+
+    @cached_property
+    def somata_to_output(self) -> list[int]:
+        """The number of points on the longest way from each point, itself included, to the output."""
+        longest: dict[int, int] = {self.output: 0}
+        for each in reversed(self.program):
+            here = max((longest[s] for s in each.outputs if s in longest), default=None)
+            if here is not None:
+                for s in each.inputs:
+                    longest[s] = max(longest.get(s, 0), here + isinstance(each, Passage))
+        return [longest.get(p.target, 0) + 1 for p in self.passages]
+
+
+    def again(self, frame: Frame) -> Frame:
+        """The program's values for the same input, as its weights are now."""
+        found = Frame(list(frame.values), frame.batch, frame.dtype)
+        for each in self.program:
+            for slot, value in zip(each.outputs, each.values(found)):
+                found.values[slot] = value
+        return found
+
+
+@dataclass
+class GraphActivity:
+    """One feedforward pass over a batch of B samples.
+
+    Args:
+        wiring: what was done.
+        frame: with what values.
+    """
+
+    wiring: Wiring
+    frame: Frame
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.frame.batch
+
+    @property
+    def output(self) -> Tensor:
+        """The network's output r_L⁻, (B, n_L)."""
+        return self.frame[self.wiring.output]
+
+    @property
+    def v(self) -> list[Tensor]:
+        """Feedforward voltages v_i⁻ of the control points, (B, …)."""
+        return [self.frame[p.target] for p in self.wiring.passages]
+
+    @property
+    def slopes(self) -> list[Tensor]:
+        """φ' at each point's site, in the shape of its voltage."""
+        found = []
+        for site, v in zip(self.wiring.sites, self.v):
+            if site.operation is not None:
+                found.append(site.operation.slope(self.frame))
+            else:
+                found.append(site.phi.slope(v, site.phi(v)))
+        return found
+
+    def presynaptic(self) -> list[Tensor]:
+        """What each layer multiplies with its weights, (B, …)."""
+        return [self.frame[s.heard] for s in self.wiring.segments]
+
+    def samples(self, index: Tensor) -> GraphActivity:
+        """The activity of some samples only; ``index`` as for a tensor's first dimension."""
+        used = {self.wiring.output, *(s.heard for s in self.wiring.segments)}
+        for each in self.wiring.program:
+            used.update(each.inputs, each.outputs)
+        values = [v[index] if k in used and v is not None else None for k, v in enumerate(self.frame.values)]
+        output = values[self.wiring.output]
+        assert output is not None
+        return GraphActivity(self.wiring, Frame(values, output.shape[0], self.frame.dtype))
+
+
+@dataclass
+class GraphResponse:
+    """How the controlled network deviates from feedforward.
+
+    Args:
+        ports: what drives each point, Q_i u, (B, n_i).
+        driven: the same in the shape of the voltage.
+        moved: every deviation, by slot.
+        wiring: what the slots are.
+    """
+
+    ports: list[Tensor]
+    driven: list[Tensor]
+    moved: Deviations
+    wiring: Wiring
+
+    @property
+    def output(self) -> Tensor:
+        """δr_L, (B, n_L)."""
+        found = self.moved[self.wiring.output]
+        assert found is not None
+        return found
+
+    @property
+    def basal(self) -> list[Tensor]:
+        """δv_i^ff, what the layer's own input drives it to."""
+        arriving = (self.moved[p.source] for p in self.wiring.passages)
+        return [torch.zeros_like(d) if b is None else b for b, d in zip(arriving, self.driven)]
+
+    def where(self, keep: Tensor, other: GraphResponse | None = None) -> GraphResponse:
+        """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
+
+        def choose(mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None) -> list:
+            if others is None:
+                others = [None] * len(mine)
+            return [_where(keep, a, b) for a, b in zip(mine, others)]
+
+        return GraphResponse(
+            choose(self.ports, other and other.ports),
+            choose(self.driven, other and other.driven),
+            choose(self.moved, other and other.moved),
+            self.wiring,
+        )
+
+
+def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if mine is None:
+        return None
+    other = torch.zeros_like(mine) if other is None else other
+    return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other)
+
+
+class Graph:
+    """The feedback weights of any network, and what its control does to it.
+
+    Args:
+        feedback: Q_i, (n_i, n_L), for the n_i units of a point, or for its channels alone.
+        shapes: shape of each point's voltage, without the samples.
+        spreads: shape of each point's port: that of the voltage, or with ones where all positions hear the same.
+    """
+
+    reducible = False
+    plain_output = False
+
+    def __init__(
+        self, feedback: Sequence[Tensor], shapes: Sequence[Sequence[int]], spreads: Sequence[Sequence[int]]
+    ) -> None:
+        self.feedback = list(feedback)
+        self.shapes, self.spreads = [tuple(s) for s in shapes], [tuple(s) for s in spreads]
+        self.widths = [q.shape[0] for q in self.feedback]
+        self.outputs = self.feedback[-1].shape[1]
+
+    @property
+    def depth(self) -> int:
+        """The number of control points, L."""
+        return len(self.feedback)
+
+    def repeat(self, activity: GraphActivity) -> GraphActivity:
+        """The feedforward pass of the same input with the weights as they are now, and the same batch statistics."""
+        return GraphActivity(activity.wiring, activity.wiring.again(activity.frame))
+
+    def layered(self, activity: GraphActivity) -> Layered:
+        """The points as layers of a chain, for feedback learning."""
+        return Layered(self, activity)
+
+    def made_of(self, activity: GraphActivity) -> list[Tensor]:
+        """The tensors that an update is made of."""
+        parameters = (p for segment in activity.wiring.segments for p in segment.parameters)
+        return [*activity.presynaptic(), *activity.v, *parameters]
+
+    @cached_property
+    def stacked_feedback(self) -> Tensor:
+        """All Q_i one above the other, (Σ n_i, n_L)."""
+        return torch.cat(self.feedback)
+
+    def apical(self, u: Tensor) -> list[Tensor]:
+        """What Q_i u makes of a control signal ``u``, (B, n_L): one (B, n_i) a point."""
+        return [u @ q.T for q in self.feedback]
+
+    def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
+        """Apical voltages in the shape of the points' voltages."""
+        return [
+            a.reshape(-1, *spread).expand(-1, *shape) for a, spread, shape in zip(ports, self.spreads, self.shapes)
+        ]
+
+    # Under control
+
+    def run(
+        self, activity: GraphActivity, at_point: Callable[[int, Tensor | None], Tensor], linear: bool = False
+    ) -> Deviations:
+        """Make the pass again, in deviations.
+
+        Args:
+            activity: the feedforward pass.
+            at_point: given a point's number and its basal deviation, None for none, what is handed on.
+            linear: to first order.
+        """
+        frame = activity.frame
+        moved: Deviations = [None] * len(frame.values)
+        for each in activity.wiring.program:
+            if isinstance(each, Passage):
+                moved[each.target] = at_point(each.index, moved[each.source])
+            elif any(moved[s] is not None for s in each.inputs):
+                changes = (each.tangents if linear else each.deviations)(frame, moved)
+                for slot, change in zip(each.outputs, changes):
+                    moved[slot] = change
+        return moved
+
+    def respond(self, activity: GraphActivity, apical: Sequence[Tensor]) -> GraphResponse:
+        """The controlled feedforward pass: every point is driven by its apical compartment too."""
+        driven = self.spread(apical)
+        moved = self.run(activity, lambda i, basal: driven[i] if basal is None else basal + driven[i])
+        return GraphResponse(list(apical), driven, moved, activity.wiring)
+
+    def apart(self, activity: GraphActivity, apical: Sequence[Tensor]) -> GraphResponse:
+        """What apical voltages do to each point alone, what it hears staying feedforward."""
+        driven = self.spread(apical)
+        moved: Deviations = [None] * len(activity.frame.values)
+        for p, site, a in zip(activity.wiring.passages, activity.wiring.sites, driven):
+            moved[p.target] = a
+            if site.operation is not None:
+                moved[site.operation.inputs[0]] = a
+        return GraphResponse(list(apical), driven, moved, activity.wiring)
+
+    # Linearised
+
+    def linear_response(self, activity: GraphActivity, apical: Sequence[Tensor]) -> Tensor:
+        """First-order output deviation Σ_i J_i a_i, (B, n_L)."""
+        driven = self.spread(apical)
+        moved = self.run(activity, lambda i, basal: driven[i] if basal is None else basal + driven[i], linear=True)
+        found = moved[activity.wiring.output]
+        assert found is not None
+        return found
+
+    def errors(self, activity: GraphActivity, output_error: Tensor, live: bool = False) -> list[Tensor]:
+        """Backpropagated errors J_iᵀ e of an output error e, (B, n_L): one (B, n_i) a point.
+
+        Args:
+            activity: the feedforward pass.
+            output_error: e.
+            live: let batch statistics follow their batch, as backprop does; else they are held.
+        """
+        return self._pull(activity, live)(output_error)
+
+    def jacobians(self, activity: GraphActivity) -> list[Tensor]:
+        """J_i = ∂r_L/∂v_i, one (B, n_L, n_i) a point."""
+        pull = self._pull(activity)
+        rows = [pull(e.expand(activity.batch_size, -1)) for e in torch.eye(self.outputs).to(activity.output)]
+        return [torch.stack(each, dim=1) for each in zip(*rows)]
+
+    def output_gain(self, activity: GraphActivity, response: GraphResponse | None = None) -> Tensor:
+        """JQ = Σ_i J_i Q_i, (B, n_L, n_L), at the feedforward state or that of a response."""
+        batch, n = activity.batch_size, self.outputs
+        found = []
+        for rows in torch.arange(batch * n, device=activity.output.device).split(ROWS_AT_ONCE):
+            index = rows // n
+            part = activity.samples(index)
+            at = None if response is None else [p[index] for p in response.ports]
+            errors = self._pull(part, at=at)(torch.eye(n).to(activity.output)[rows % n])
+            found.append(sum((e @ q for e, q in zip(errors, self.feedback)), start=errors[0].new_zeros(())))
+        return torch.cat(found).view(batch, n, n)
+
+    def mean_gain(self, activity: GraphActivity) -> Tensor:
+        """The mean of JQ over ``MEAN_OVER`` samples of the batch, (1, n_L, n_L)."""
+        few = torch.linspace(0, activity.batch_size - 1, min(MEAN_OVER, activity.batch_size)).round().long()
+        return self.output_gain(activity.samples(few.to(activity.output.device))).mean(0, keepdim=True)
+
+    def _pull(
+        self, activity: GraphActivity, live: bool = False, at: Sequence[Tensor] | None = None
+    ) -> Callable[[Tensor], list[Tensor]]:
+        """The map from output errors to the points', once linearised."""
+        with torch.enable_grad():
+            start = at or [activity.output.new_zeros(activity.batch_size, n) for n in self.widths]
+            leaves = [a.detach().requires_grad_() for a in start]
+            output = self._replay(activity, leaves, live)
+
+        def pull(error: Tensor) -> list[Tensor]:
+            found = torch.autograd.grad(output, leaves, error, retain_graph=True, allow_unused=True)
+            return [torch.zeros_like(a) if g is None else g for g, a in zip(found, leaves)]
+
+        return pull
+
+    def _replay(self, activity: GraphActivity, ports: Sequence[Tensor], live: bool = False) -> Tensor:
+        """The output with ``ports`` added at the points, in plain values."""
+        frame = Frame(list(activity.frame.values), activity.batch_size, activity.frame.dtype)
+        driven = self.spread(ports)
+        for each in activity.wiring.program:
+            if isinstance(each, Passage):
+                frame.values[each.target] = frame[each.source] + driven[each.index]
+                continue
+            made = Live(each) if live and isinstance(each, BatchNorm) else each
+            for slot, value in zip(each.outputs, made.values(frame)):
+                frame.values[slot] = value
+        return frame[activity.wiring.output]
+
+    # From activity to updates
+
+    def postsynaptic(self, activity: GraphActivity, response: GraphResponse, plasticity: str) -> list[Tensor]:
+        """What the feedback changed in each point; see :func:`plasticity.postsynaptic`."""
+        if plasticity == "voltage_difference":
+            return response.driven
+        if plasticity == "derivative":
+            return [d * a for d, a in zip(activity.slopes, response.driven)]
+        found = []
+        for site, p, driven in zip(activity.wiring.sites, activity.wiring.passages, response.driven):
+            if isinstance(site.phi, Identity):
+                found.append(driven)
+                continue
+            z, r, slope, change = activity.frame[p.target], None, None, response.moved[p.target]
+            if site.operation is not None:
+                source = site.operation.inputs[0]
+                z, r = activity.frame[source], activity.frame[site.operation.outputs[0]]
+                slope, change = site.operation.slope(activity.frame), response.moved[source]
+            assert change is not None
+            r = site.phi(z) if r is None else r
+            with_, without = (site.phi.difference(z, r, d, slope) for d in (change, change - driven))
+            signal = with_ - without
+            found.append(signal if site.pool is None else signal * site.pool.wins(activity.frame))
+        return found
+
+    def presynaptic(self, activity: GraphActivity, response: GraphResponse) -> list[Tensor]:
+        """What each layer multiplies with its weights while the network is controlled."""
+        moved = [response.moved[s.heard] for s in activity.wiring.segments]
+        return [r if d is None else r + d for r, d in zip(activity.presynaptic(), moved)]
+
+    def update(
+        self, activity: GraphActivity, signals: Sequence[Tensor], heard: Sequence[Tensor], scale: float
+    ) -> list[list[Tensor]]:
+        """``scale`` times what each parameter is taught by signals t_i in the shape of the voltages.
+
+        Weights and biases by t_i and what the layer has heard; those of a normalisation by its local derivative at
+        the feedforward state.
+        """
+        return [
+            segment.gradients(activity.frame, t * scale, r)
+            for segment, t, r in zip(activity.wiring.segments, signals, heard)
+        ]
+
+
+class Layered:
+    """The points of a graph grouped by the somata between them and the output, as if they were layers of a chain.
+
+    To feedback learning a network is J_i and Q_i, and the number of somata that filter a layer's noise on its way to
+    the output: on the longest way, where there are several.
+
+    Args:
+        graph: the graph.
+        activity: a feedforward pass.
+    """
+
+    reducible = False
+
+    def __init__(self, graph: Graph, activity: GraphActivity) -> None:
+        self.graph, self.activity = graph, activity
+        ways = activity.wiring.somata_to_output
+        self.groups = [[i for i, n in enumerate(ways) if n == count] for count in range(max(ways), 0, -1)]
+        self.depth = len(self.groups)
+        self.feedback = [torch.cat([graph.feedback[i] for i in group]) for group in self.groups]
+        self.widths = [q.shape[0] for q in self.feedback]
+
+    def jacobians(self, activity: object) -> list[Tensor]:
+        """J of each group, one (B, n_L, n) each."""
+        found = self.graph.jacobians(self.activity)
+        return [torch.cat([found[i] for i in group], dim=2) for group in self.groups]
+
+    def apart(self, grouped: Sequence[Tensor]) -> list[Tensor]:
+        """What is for the groups, as it is for the points."""
+        found: dict[int, Tensor] = {}
+        for group, tensor in zip(self.groups, grouped):
+            found |= zip(group, tensor.split([self.graph.widths[i] for i in group]))
+        return [found[i] for i in range(self.graph.depth)]

@@ -1,0 +1,127 @@
+"""The parameters of a control point: a layer's, and those of the normalisation that follows it directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfc_lightning.control.operations import BatchNorm, Frame, Live, Operation, Slot, constant
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A point's layer, with its normalisation, as a pass has called them.
+
+    Args:
+        layer: the call of the layer, or None for a normalisation that stands by itself.
+        norm: the call of the normalisation, or None.
+        weight: the layer's weight.
+        bias: its bias.
+        norm_weight: the normalisation's γ.
+        norm_bias: its β.
+    """
+
+    layer: Operation | None
+    norm: Operation | None
+    weight: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+    norm_weight: nn.Parameter | None = None
+    norm_bias: nn.Parameter | None = None
+
+    @property
+    def heard(self) -> Slot:
+        """Slot of what the layer multiplies with its weights."""
+        first = self.layer or self.norm
+        assert first is not None
+        return first.inputs[0]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that there are."""
+        return [p for p in (self.weight, self.bias, self.norm_weight, self.norm_bias) if p is not None]
+
+    def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
+        """What each of :attr:`parameters` is taught.
+
+        Args:
+            frame: the feedforward values, where the normalisation's derivative is taken.
+            signal: the teaching signal in the shape of the voltage, (B, …).
+            heard: what the layer hears, (B, …).
+        """
+        after: list[Tensor] = []
+        if self.norm is not None:
+            signal, after = self._through_norm(self.norm, frame, signal)
+        return [*self._of_layer(frame.dtype, signal, heard), *after]
+
+    def _through_norm(self, norm: Operation, frame: Frame, signal: Tensor) -> tuple[Tensor, list[Tensor]]:
+        taught = [constant(p, frame.dtype) for p in (self.norm_weight, self.norm_bias) if p is not None]
+        with torch.enable_grad():
+            x = frame[norm.inputs[0]].detach().requires_grad_()
+            leaves = [p.requires_grad_() for p in (t.clone() for t in taught)]
+            weight = leaves[0] if self.norm_weight is not None else None
+            bias = leaves[-1] if self.norm_bias is not None else None
+            if isinstance(norm, BatchNorm):
+                y = Live(norm).normalised(x, weight, bias)
+            else:
+                y = _called_with(norm, {id(self.norm_weight): weight, id(self.norm_bias): bias}, x, frame.dtype)
+            found = torch.autograd.grad(y, [x, *leaves], signal)
+        return found[0], list(found[1:])
+
+    def _of_layer(self, dtype: torch.dtype, signal: Tensor, heard: Tensor) -> list[Tensor]:
+        layer = self.layer
+        if layer is None or self.weight is None:
+            return []
+        weight = constant(self.weight, dtype)
+        if layer.name == "linear":
+            flat = signal.flatten(0, -2)
+            found = [flat.T @ heard.flatten(0, -2), flat.sum(0)]
+            return found[: 1 + (self.bias is not None)]
+        named = dict(zip(_arguments(layer.name), layer.args)) | layer.kwargs
+        dims, transposed = weight.dim() - 2, layer.name.startswith("conv_transpose")
+        sizes = {n: _each(named.get(n, d), dims) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))}
+        if isinstance(named.get("padding"), str):
+            sizes["padding"] = _padding(named["padding"], weight.shape[2:], sizes["dilation"])
+        _, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            signal.contiguous(),
+            heard,
+            weight,
+            None if self.bias is None else [len(self.bias)],
+            sizes["stride"],
+            sizes["padding"],
+            sizes["dilation"],
+            transposed,
+            _each(named.get("output_padding", 0), dims),
+            named.get("groups", 1),
+            [False, True, self.bias is not None],
+        )
+        return [of_weight] if self.bias is None else [of_weight, of_bias]
+
+
+def _arguments(name: str) -> tuple[str, ...]:
+    if name.startswith("conv_transpose"):
+        return "input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"
+    return "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+
+
+def _each(value: object, dims: int) -> list[int]:
+    if isinstance(value, str):
+        return [0] * dims
+    return list(value) if isinstance(value, (tuple, list)) else [value] * dims  # type: ignore[list-item]
+
+
+def _padding(kind: str, kernel: torch.Size, dilation: list[int]) -> list[int]:
+    return [0] * len(kernel) if kind == "valid" else [d * (k - 1) // 2 for d, k in zip(dilation, kernel)]
+
+
+def _called_with(call: Operation, replaced: dict[int, Tensor | None], x: Tensor, dtype: torch.dtype) -> Tensor:
+    def swap(value: object) -> object:
+        return replaced.get(id(value), value) if isinstance(value, Tensor) else value
+
+    args = [x if isinstance(a, Slot) else swap(a) for a in call.args]
+    kwargs = {k: x if isinstance(v, Slot) else swap(v) for k, v in call.kwargs.items()}
+    return call.function(*args, **kwargs)

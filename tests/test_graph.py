@@ -1,0 +1,403 @@
+"""Networks of any architecture under control: against dense Jacobians, and against the module itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import NETWORKS as CHAINS
+from cases import close, degrees, make
+from graph_cases import NETWORKS, GraphCase, Mixed, Residual
+from torch import Tensor, nn
+
+from dfc_lightning import DFA, DFC, Backprop, ControlError, ControlledNetwork, MinimumNorm, PIController
+from dfc_lightning.control.graph import Graph
+from dfc_lightning.settling import Linearized, SteadyState
+
+TIGHT = 1e-9
+ALL = pytest.mark.parametrize("name", NETWORKS)
+
+
+def taught(case: GraphCase, rule: object) -> tuple[dict[str, Tensor], object]:
+    case.module.zero_grad()
+    with case.network.taught_by(rule) as lesson:
+        loss = F.cross_entropy(case.network(case.x), case.y)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in case.module.named_parameters()}, lesson
+
+
+def pushes(case: GraphCase, size: float = 1.0) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [size * torch.randn(len(case.x), n, dtype=torch.float64) for n in case.graph.widths]
+
+
+@ALL
+@pytest.mark.parametrize("size", [1e-6, 1.0, 30.0])
+@pytest.mark.parametrize("feedback", ["dense", "channel"])
+def test_the_response_is_the_difference_of_two_runs(name, size, feedback):
+    case = GraphCase(name, conv_feedback=feedback)
+    apical = pushes(case, size)
+    driven = case.graph.spread(apical)
+    response = case.graph.respond(case.activity, apical)
+    (output, voltages), (before, still) = case.run(driven), case.run([None] * len(driven))
+    assert close(response.output, output - before, TIGHT + 1e-14 / size)
+    for v, v_still, basal, apical_voltage in zip(voltages, still, response.basal, driven):
+        assert (basal + apical_voltage - (v - v_still)).norm() <= TIGHT * (v - v_still).norm() + 1e-12
+
+
+@ALL
+def test_jacobian_products_are_those_of_the_dense_jacobian(name):
+    case = GraphCase(name)
+    dense, found = case.jacobians(), case.graph.jacobians(case.activity)
+    assert all(j.shape == d.shape and (j - d).norm() <= TIGHT * d.norm() for j, d in zip(found, dense))
+    gain = sum(j @ q for j, q in zip(dense, case.graph.feedback))
+    assert close(case.graph.output_gain(case.activity), gain, TIGHT)
+    assert close(case.graph.mean_gain(case.activity)[0], gain.mean(0), TIGHT)
+    apical, error = pushes(case), torch.randn(len(case.x), 3, dtype=torch.float64)
+    linear = sum((j @ a.unsqueeze(2)).squeeze(2) for j, a in zip(dense, apical))
+    assert close(case.graph.linear_response(case.activity, apical), linear, TIGHT)
+    for pulled, j in zip(case.graph.errors(case.activity, error), dense):
+        assert close(pulled, (j.mT @ error.unsqueeze(2)).squeeze(2), TIGHT)
+
+
+@ALL
+def test_feedback_by_channel_is_dense_feedback_alike_at_all_positions(name):
+    dense, shared = GraphCase(name, conv_feedback="dense"), GraphCase(name, conv_feedback="channel")
+    for j, full, spread, shape in zip(
+        shared.graph.jacobians(shared.activity),
+        dense.graph.jacobians(dense.activity),
+        shared.graph.spreads,
+        shared.graph.shapes,
+    ):
+        over = [k + 2 for k, (one, n) in enumerate(zip(spread, shape)) if one == 1 and n > 1]
+        summed = full.unflatten(2, shape).sum(over) if over else full
+        assert close(j.flatten(1), summed.flatten(1), TIGHT)
+
+
+@ALL
+@pytest.mark.parametrize("stepsize", [1e-3, 0.3])
+def test_the_steady_state_is_one_of_the_module_itself(name, stepsize):
+    case = GraphCase(name, feedback_init="jacobian")
+    _, lesson = taught(case, DFC(settling=SteadyState(rtol=1e-11), target_stepsize=stepsize))
+    assert lesson.settled.converged.all()
+    u, offset = lesson.settled.control, -stepsize * case.loss_grad
+    output, _ = case.run(case.graph.spread(case.graph.apical(u)))
+    leakage = PIController().steady_leakage
+    missing = offset - (output - case.activity.output) - leakage * u
+    assert missing.norm() <= 1e-10 * offset.norm() + 1e-13
+
+
+@ALL
+def test_lemma_1_from_the_dense_jacobian(name):
+    case = GraphCase(name, feedback_init="jacobian")
+    alpha = 0.05
+    _, lesson = taught(case, DFC(settling=Linearized(), controller=PIController(alpha=alpha), target_stepsize=1e-3))
+    gain = sum(j @ q for j, q in zip(case.jacobians(), case.graph.feedback))
+    u = torch.linalg.solve(gain + alpha * torch.eye(3, dtype=torch.float64), -1e-3 * case.loss_grad)
+    assert close(lesson.settled.control, u, 1e-8)
+
+
+def relu_of(v: Tensor) -> Tensor:
+    return F.relu(v)
+
+
+def test_the_update_of_a_convolution_is_eq_5_summed_over_positions():
+    case = GraphCase("plain")
+    stepsize, module = 0.4, case.held
+    found, lesson = taught(case, DFC(settling=SteadyState(rtol=1e-11), target_stepsize=stepsize))
+    q = case.graph.spread(case.graph.apical(lesson.settled.control))
+    v = case.settled_voltages(q)
+    heard = [case.x, F.max_pool2d(relu_of(v[0]), 3, 1, 1), relu_of(v[1]).flatten(1), torch.tanh(v[2])]
+    rates = [relu_of, relu_of, torch.tanh, lambda v: v]
+    for i, layer in enumerate((module.c1, module.c2, module.fc1, module.fc2)):
+        t = rates[i](v[i]) - rates[i](v[i] - q[i])
+        if i == 0:  # of the units in a window only the largest has a rate, once for each window
+            before = relu_of(module.c1(case.x)).detach().requires_grad_()
+            t = t * torch.autograd.grad(F.max_pool2d(before, 3, 1, 1).sum(), before)[0]
+        product = (layer(heard[i]) * t).sum()  # its derivative in W is Σ t r
+        expected = torch.autograd.grad(product, [layer.weight, layer.bias])
+        name = ("c1", "c2", "fc1", "fc2")[i]
+        for kind, value in zip(("weight", "bias"), expected):
+            assert close(found[f"{name}.{kind}"], -value / (stepsize * len(case.x)), 1e-8)
+
+
+def test_where_a_branch_is_added_the_nonlinearity_is_the_one_after_the_sum():
+    case = GraphCase("residual", feedback_init="jacobian")
+    found, lesson = taught(case, DFC(settling=SteadyState(rtol=1e-11), target_stepsize=0.2))
+    q = case.graph.spread(case.graph.apical(lesson.settled.control))
+    v = case.settled_voltages(q)
+    m, names = case.held, [p.name for p in case.network.points]
+    h = torch.tanh(v[0])
+    z = v[1] + h  # the sum that the SiLU is of
+    t = F.silu(z) - F.silu(z - q[1])
+    rates = F.silu(z)
+    fresh = copy.deepcopy(case.module)
+    c2 = fresh.c2(torch.tanh(fresh.b1(fresh.c1(case.x)))).detach().requires_grad_()
+    through = torch.autograd.grad(F.batch_norm(c2, None, None, fresh.b2.weight, fresh.b2.bias, True), c2, t)[0]
+    expected = torch.autograd.grad((m.c2(h) * through).sum(), m.c2.weight)[0]
+    scale = -1 / (0.2 * len(case.x))
+    assert names[:2] == ["c1", "c2"]
+    assert close(found["c2.weight"], scale * expected, 1e-8)
+    # Both branches of the second block drive the same ReLU.
+    last = {n: k for k, n in enumerate(names)}
+    total = v[last["c4"]] + v[last["c3"]]
+    signal = F.relu(total) - F.relu(total - q[last["c4"]])
+    expected = torch.autograd.grad((m.c4(rates) * signal).sum(), m.c4.weight)[0]
+    assert close(found["c4.weight"], scale * expected, 1e-8)
+
+
+@ALL
+def test_backprop_by_the_same_way_is_autograd_s(name):
+    case = GraphCase(name)
+    found, _ = taught(case, Backprop())
+    case.module.zero_grad()
+    F.cross_entropy(case.module(case.x), case.y).backward()
+    for key, parameter in case.module.named_parameters():
+        assert (found[key] - parameter.grad).norm() <= TIGHT * parameter.grad.norm() + 1e-14
+
+
+@pytest.mark.parametrize("name", [n for n in CHAINS if n != "one_layer"])
+@pytest.mark.parametrize("rule", [DFC(), DFC(settling=Linearized()), MinimumNorm(), DFA(), Backprop()])
+def test_a_chain_as_a_graph_learns_the_same(name, rule):
+    case = make(name, "random")
+    sizes, hidden, _ = CHAINS[name]
+    phi = {"linear": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus}
+    phi["leaky_relu"] = lambda: nn.LeakyReLU(0.1)
+    layers: list[nn.Module] = []
+    for w, b in zip(case.chain.weights, case.chain.biases):
+        layers += [nn.Linear(w.shape[1], w.shape[0]).double(), phi[hidden]()]
+        layers[-2].weight.data, layers[-2].bias.data = w.clone(), b.clone()
+    module = nn.Sequential(*layers[:-1])
+    updates = []
+    for general in (False, True):
+        net = ControlledNetwork(module, general=general)
+        net.observe(case.x)
+        net.load_state_dict(dict(zip([p.name for p in net.points], case.chain.feedback)))
+        assert isinstance(net.chain(), Graph) == general
+        module.zero_grad()
+        with net.taught_by(rule, "sum"):
+            loss = case.losses(net(case.x)).sum()
+        loss.backward()
+        updates.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    assert close(updates[1], updates[0], 1e-10)
+
+
+@ALL
+def test_float32_keeps_the_digits_of_a_small_control(name):
+    case = GraphCase(name, feedback_init="jacobian")
+    exact, _ = taught(case, DFC(target_stepsize=1e-4))
+    state = case.network.state_dict()
+    single = ControlledNetwork(case.module.float())
+    single.observe(case.x.float())
+    single.load_state_dict(state)
+    case.module.zero_grad()
+    with single.taught_by(DFC(settling=SteadyState(rtol=1e-6), target_stepsize=1e-4)):
+        loss = F.cross_entropy(single(case.x.float()), case.y)
+    loss.backward()
+    found = torch.cat([p.grad.double().flatten() for p in case.module.parameters()])
+    assert close(found, torch.cat([g.flatten() for g in exact.values()]), 1e-4)
+
+
+@ALL
+def test_it_is_not_backprop_in_disguise(name):
+    case = GraphCase(name, feedback_init="normal")
+    back, _ = taught(case, Backprop())
+    ours, _ = taught(case, DFC(settling=Linearized()))
+    first = next(iter(back))
+    assert degrees(ours[first], back[first]) > 20
+    with torch.no_grad():
+        torch.manual_seed(5)
+        for q in case.network.feedback[:-1]:
+            q.copy_(0.1 * torch.randn_like(q))
+    turned, _ = taught(case, DFC(settling=Linearized()))
+    assert degrees(ours[first], turned[first]) > 20  # what a layer learns hangs on the feedback weights
+
+
+@ALL
+def test_without_an_error_nothing_is_learned(name):
+    case = GraphCase(name)
+    with case.network.taught_by(DFC()):
+        loss = 0.0 * case.network(case.x).sum()
+    loss.backward()
+    assert all(not p.grad.any() for p in case.module.parameters())
+
+
+def test_running_statistics_move_once_a_step():
+    case = GraphCase("residual")
+    twin = copy.deepcopy(case.module)
+    taught(case, DFC())
+    twin(case.x)
+    for key, value in twin.state_dict().items():
+        assert torch.equal(case.module.state_dict()[key], value)
+
+
+def test_in_evaluation_the_running_statistics_are_used():
+    case = GraphCase("residual")
+    case.module.eval()
+    activity = case.network.observe(case.x)
+    assert close(activity.output, case.module(case.x).detach(), TIGHT)
+    apical = case.graph.apical(torch.randn(4, 3, dtype=torch.float64))
+    case.held = copy.deepcopy(case.module)
+    output, _ = case.run(case.graph.spread(apical))
+    assert close(case.graph.respond(activity, apical).output, output - activity.output, TIGHT)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.4), nn.Dropout(0.4, inplace=True)])
+def test_dropped_units_stay_dropped_while_settling(dropout):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 50), nn.Tanh(), dropout, nn.Linear(50, 3)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    torch.manual_seed(7)
+    plain = net(x)
+    controlled = ControlledNetwork(net)
+    torch.manual_seed(7)
+    with controlled.taught_by(DFC(settling=SteadyState(rtol=1e-11), target_stepsize=0.5)) as lesson:
+        output = controlled(x)
+        loss = F.cross_entropy(output, y)
+    loss.backward()
+    assert torch.equal(output, plain) and lesson.settled.converged.all()
+    mask = torch.autograd.functional.jacobian(lambda r: _dropped(r), torch.ones(5, 50, dtype=torch.float64))
+    mask = mask.flatten(2).flatten(0, 1).diagonal().view(5, 50)
+    u, q = lesson.settled.control, list(controlled.feedback)
+    hidden = torch.tanh(net[0](x) + u @ q[0].T)
+    missing = 0.5 * len(x) * 0 - (net[3](hidden * mask) + u @ q[1].T - plain)
+    grad = torch.autograd.grad(F.cross_entropy(leaf := plain.detach().requires_grad_(), y, reduction="sum"), leaf)[0]
+    assert (missing - 0.5 * grad - PIController().steady_leakage * u).norm() < 1e-9
+    dead = (mask == 0).all(0)
+    assert dead.sum() < 50
+
+
+def _dropped(r: Tensor) -> Tensor:
+    torch.manual_seed(7)
+    return F.dropout(r, 0.4)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(72, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.c(F.relu(self.c(x)))).flatten(1))
+
+
+class Entangled(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.c(x))
+        return self.fc((h - h.mean(0)).flatten(1))
+
+
+class Noisy(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.rrelu(self.c(x), training=True).flatten(1))
+
+
+class Fixed(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.c(x)).permute(1, 0, 2, 3).reshape(2, 4, 36).permute(1, 0, 2).reshape(4, 72))
+
+
+class Dense(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(x)[:, :, 0] + 0 * self.fc(x.flatten(1)).sum()
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten())
+    net[2].weight = net[0].weight
+    return nn.Sequential(net, nn.Linear(72, 3))
+
+
+UNFIT = {
+    "used twice": (Twice, "'c' is called twice"),
+    "shared weight": (tied, "'0.0' and '0.2' share a parameter"),
+    "mean over the batch": (Entangled, "mean gives a sample another value without the other samples"),
+    "random slopes": (Noisy, "draws random numbers in rrelu"),
+    "no matrix for an output": (Dense, r"no output of the shape \(B, n_L\)"),
+    "recurrent": (lambda: nn.ModuleList([nn.Linear(3, 3), nn.LSTM(36, 3)]), r"weight_ih_l0"),
+    "transformer": (lambda: nn.TransformerEncoderLayer(36, 2, 8), r"'self_attn\.in_proj_weight'"),
+    "even kernel": (lambda: nn.Sequential(nn.Conv2d(2, 2, 2, padding="same")), "'0' has padding='same'"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(3, 3), nn.Conv1d(3, 3, 1)), r"'0\.weight'.*Freeze"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_controlled_is_refused_by_name(name):
+    build, message = UNFIT[name]
+    with pytest.raises(ControlError, match=message):
+        ControlledNetwork(build()).observe(torch.randn(4, 2, 6, 6))
+
+
+def test_inputs_of_another_shape_than_at_first_are_refused():
+    net = ControlledNetwork(nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)))
+    net.observe(torch.randn(2, 1, 6, 6))
+    with pytest.raises(ControlError, match=r"inputs of the same shape"):
+        net.observe(torch.randn(2, 1, 7, 7))
+
+
+def test_feedback_comes_back_before_and_after_the_first_pass():
+    source = GraphCase("residual", feedback_init="normal")
+    for target in (GraphCase("residual", seed=1), None):
+        net = target.network if target else ControlledNetwork(Residual().double())
+        net.load_state_dict(source.network.state_dict())
+        net.observe(source.x)
+        assert [p.name for p in net.points] == [p.name for p in source.network.points]
+        assert all(map(torch.equal, net.feedback, source.network.feedback))
+    wrong = source.network.state_dict()
+    wrong["c1"] = wrong["c1"][:-1]
+    net = ControlledNetwork(Residual().double())
+    net.load_state_dict(wrong)
+    with pytest.raises(ControlError, match=r"'c1' has the shape"):
+        net.observe(source.x)
+
+
+def test_large_maps_get_feedback_by_channel():
+    net = ControlledNetwork(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 3), nn.Flatten(), nn.Linear(288, 1200)))
+    net.observe(torch.randn(1, 1, 16, 16))
+    assert [q.shape[0] for q in net.feedback] == [8, 288, 1200]
+
+
+@pytest.mark.parametrize("name", ["residual", "mixed"])
+def test_points_are_counted_by_the_longest_way_to_the_output(name):
+    case = GraphCase(name)
+    ways = dict(zip([p.name for p in case.network.points], case.activity.wiring.somata_to_output))
+    expected = {
+        "residual": {"c1": 4, "c2": 3, "c3": 2, "c4": 2, "fc": 1},
+        "mixed": {"c1": 4, "up": 3, "a": 2, "gate": 2, "b": 1, "side": 1},
+    }
+    assert ways == expected[name]
+
+
+def test_torchvision_s_resnet18_is_taught_as_it_is():
+    resnet = pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    net = ControlledNetwork(resnet)
+    with net.taught_by(DFC(settling=SteadyState(rtol=1e-4), target_stepsize=0.05)) as lesson:
+        loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    assert len(net.points) == 21 and lesson.settled.converged.all()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in resnet.parameters())
+    assert sum(bool(p.grad.any()) for p in resnet.parameters()) == len(list(resnet.parameters()))
+    assert math.isclose(loss.item(), math.log(10), rel_tol=0.5)
+
+
+def test_nested_sequentials_are_taught():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), nn.ReLU(), nn.Dropout2d(0.2))
+    net = nn.Sequential(nn.Sequential(inner, nn.Sequential(nn.Flatten())), nn.Linear(48, 4))
+    controlled = ControlledNetwork(net)
+    with controlled.taught_by(DFC()) as lesson:
+        loss = F.cross_entropy(controlled(torch.randn(6, 1, 6, 6)), torch.arange(6) % 4)
+    loss.backward()
+    assert [p.name for p in controlled.points] == ["0.0.0.0", "1"] and lesson.settled.converged.all()
+
+
+def test_a_layer_norm_by_itself_is_a_point_of_its_own():
+    case = GraphCase("pre-norm")
+    assert [p.name for p in case.network.points] == ["inner", "norm", "outer", "head"]
+    assert [p.norm for p in GraphCase("mixed").network.points][0].num_groups == 2
+    assert isinstance(Mixed().n, nn.LayerNorm)
