@@ -12,6 +12,7 @@ import torch
 from cases import close, degrees
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_cases import (
     BATCH,
     BATCHES,
@@ -163,12 +164,26 @@ def test_the_order_of_training_batches_is_what_it_is_without_the_strategy(own):
     assert orders[0] == orders[1]
 
 
+class Steps(DummyLogger):
+    """A logger with a step for each metric: keeps those of feedback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_feedback: list[Any] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.of_feedback += [step] * ("feedback/norm" in metrics)
+
+
 def test_feedback_is_logged_on_its_own_steps_and_training_is_not_disturbed(tmp_path):
     module = Innocent()
-    trainer = quiet(strategy(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    others = Steps()
+    trainer = quiet(strategy(), logger=[CSVLogger(tmp_path), others], log_every_n_steps=1)
     trainer.fit(module, loader())
     rows = list(csv.DictReader(open(trainer.logger.experiment.metrics_file_path)))
-    assert [float(r["feedback/step"]) for r in rows if r["feedback/step"]] == list(range(1, 3 * BATCHES + 1))
+    feedback = [r for r in rows if r["feedback/step"]]
+    assert [float(r["feedback/step"]) for r in feedback] == list(range(1, 3 * BATCHES + 1)) == others.of_feedback
+    assert [int(r["step"]) for r in feedback] == [0] * 2 * BATCHES + [BATCHES] * BATCHES  # of training, as in all rows
     assert [int(r["step"]) for r in rows if r["samples_step"]] == list(range(2 * BATCHES))
     assert sum(bool(r["settling/converged"]) for r in rows) == 2 * BATCHES
 

@@ -1,5 +1,6 @@
 """Callbacks that look at the learning without changing it."""
 
 from dfc_lightning.callbacks.alignment_monitor import AlignmentMonitor
+from dfc_lightning.callbacks.wandb_tracking import WandbTracking
 
-__all__ = ["AlignmentMonitor"]
+__all__ = ["AlignmentMonitor", "WandbTracking"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,6 +19,7 @@ from typing_extensions import override
 from dfc_lightning.autograd import Lesson, LossReduction
 from dfc_lightning.control.checks import ControlError, require
 from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
+from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.rules.dfc import DFC
@@ -43,11 +45,12 @@ class ControlledTraining(Strategy):
         rule: the learning rule; None for ``DFC()``.
         feedback: when and how the feedback weights learn; None for ``FeedbackLearning()`` if the rule is one that
             learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
-        network: name of the submodule to control; None if all trainable parameters are of the controlled chain.
+        network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial feedback weights; None for what the rule is meant to have.
         loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
         seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
             ``seed_everything``.
+        conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
         **kwargs: for the strategy it is mixed with.
     """
 
@@ -59,12 +62,15 @@ class ControlledTraining(Strategy):
         feedback_init: FeedbackInit | None = None,
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
+        conv_feedback: ConvFeedback = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.rule: LearningRule = DFC() if rule is None else rule
         self.learning = feedback or (FeedbackLearning() if self.rule.learns_feedback else None)
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
+        require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
+        self.conv_feedback: ConvFeedback = conv_feedback
         self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
         require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.network: ControlledNetwork | None = None
@@ -103,16 +109,12 @@ class ControlledTraining(Strategy):
                 "loss and leave the optimizer steps to Lightning."
             )
         _refuse_compiled(module)
-        if self.feedback_init == "jacobian" and trainer.world_size > 1:
-            raise ControlError(
-                "feedback_init='jacobian' averages over the batch of one process, so that ranks would start with "
-                "different feedback weights. Choose another, e.g. feedback_init='weight_product'."
-            )
         ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
 
     def _take_control(self, module: pl.LightningModule) -> None:
         seed = self.broadcast(torch.initial_seed()) if self.seed is None else self.seed
-        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, seed)
+        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, seed, self.conv_feedback)
+        self.network.average = self.reduce
         self._set_up_feedback(self.network)
 
     def _set_up_feedback(self, network: ControlledNetwork) -> None:
@@ -205,13 +207,13 @@ class ControlledTraining(Strategy):
                 "settling/residual": self.reduce(residual.nan_to_num(DIVERGED_BEYOND).mean()),
                 "settling/iterations": self.reduce(iterations, reduce_op="max"),  # of a batch, as of its last sample
             }
-            self._log(metrics, self._trainer.global_step)
+            self._log(metrics)
         every = self.learning.every_n_batches if self.learning is not None else 0
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
-                activity = self.network.chain().feedforward(self.lesson.activity.x)
-                self._log_feedback(self.learner.step(activity))
+                again = self.network.chain().repeat(self.lesson.activity)
+                self._log_feedback(self.learner.step(again))
 
     def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
         module, network, learner = self.lightning_module, self.network, self.learner
@@ -245,10 +247,13 @@ class ControlledTraining(Strategy):
         every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (step + 1) % every == 0
 
-    def _log(self, metrics: Mapping[str, Tensor | float], step: int) -> None:
+    def _log(self, metrics: Mapping[str, Tensor | float], own_step: int | None = None) -> None:
         assert self._trainer is not None
+        values = {name: float(value) for name, value in metrics.items()}
         for logger in self._trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)
+            in_table = isinstance(logger, (CSVLogger, WandbLogger))  # with one column of steps, which is training's
+            step = self._trainer.global_step if own_step is None or in_table else own_step
+            logger.log_metrics(values, step)
 
     # Checkpoints
 

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from dfc_lightning.autograd import LossReduction
 from dfc_lightning.control.feedback import FeedbackInit
+from dfc_lightning.control.graph_feedback import ConvFeedback
 from dfc_lightning.feedback_learning.learner import FeedbackLearning
 from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.training.controlled import ControlledTraining
@@ -25,11 +26,13 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
         rule: the learning rule; None for ``DFC()``.
         feedback: when and how the feedback weights learn; None for ``FeedbackLearning()`` if the rule is one that
             learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
-        network: name of the submodule to control; None if all trainable parameters are of the controlled chain.
+        network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial feedback weights; None for what the rule is meant to have.
         loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
         seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
             ``seed_everything``.
+        conv_feedback: feedback of convolutions to each unit, ``"dense"``, to each channel, ``"channel"``, or
+            whichever is small enough, ``"auto"``; see :class:`ControlledNetwork`.
 
     Example:
         >>> import lightning as L
@@ -46,8 +49,9 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
         feedback_init: FeedbackInit | None = None,
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
+        conv_feedback: ConvFeedback = "auto",
     ) -> None:
-        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed)
+        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback)
 
     # One device, whichever the trainer has chosen
 
@@ -78,11 +82,12 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
     Args:
         rule: the learning rule; None for ``DFC()``.
         feedback: when and how the feedback weights learn; see :class:`DFCStrategy`.
-        network: name of the submodule to control; None if all trainable parameters are of the controlled chain.
+        network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial feedback weights; None for what the rule is meant to have.
         loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
         seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
             ``seed_everything`` of the first process.
+        conv_feedback: feedback of convolutions, as for :class:`DFCStrategy`.
         **kwargs: arguments of Lightning's ``DDPStrategy``.
     """
 
@@ -96,9 +101,10 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
         feedback_init: FeedbackInit | None = None,
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
+        conv_feedback: ConvFeedback = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, **kwargs)
+        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, **kwargs)
 
 
 def _register(name: str, strategy: type, description: str, **arguments: Any) -> None:
