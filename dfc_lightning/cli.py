@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,6 +20,8 @@ from lightning_utilities.core.imports import RequirementCache
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.commands import COMMANDS
 from dfc_lightning.control.checks import ControlError
+from dfc_lightning.experiments.composition import BASE, CompositionError, composed
+from dfc_lightning.experiments.published import Published
 
 _EXTRA = 'pip install "dfc_lightning[recipes]"'
 
@@ -27,6 +31,18 @@ class RecipeParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Parse a config, laid over its bases; relative to the working directory, which is the file's meanwhile."""
+        try:
+            tree = yaml.safe_load(content)
+            if isinstance(tree, dict) and BASE in tree:
+                content = yaml.safe_dump(composed(tree, ".", str(path) or "the config"), sort_keys=False)
+        except yaml.YAMLError:
+            pass  # for the parser to report
+        except CompositionError as error:
+            self.error(str(error), error)
+        return super().parse_string(content, path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -42,13 +58,15 @@ class RecipeCLI(LightningCLI):
 
     Args:
         args: what follows the command's name; None for that of the process.
+        callbacks: callbacks beside the config's.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> None:
         self._failure: Exception | None = None
         super().__init__(
             pl.LightningModule,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": list(callbacks)},
             seed_everything_default=0,
             parser_kwargs={"prog": "dfc", "description": _description()},
             parser_class=RecipeParser,
@@ -57,6 +75,10 @@ class RecipeCLI(LightningCLI):
             args=args,
             auto_configure_optimizers=False,
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let a recipe say what it should reach."""
+        parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
 
     def before_instantiate_classes(self) -> None:
         """See which class it is that refuses its arguments."""
@@ -93,6 +115,9 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the checkpoint of the best validation epoch, or else the final weights."""
+        expected: Published | None = self._get(self.config_init, "expected")
+        trained = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        last = self.trainer.current_epoch - 1
         loaders = [source for source in (self.datamodule, self.model) if is_overridden("test_dataloader", source)]
         if not loaders or not is_overridden("test_step", self.model):
             return
@@ -107,7 +132,10 @@ class RecipeCLI(LightningCLI):
             when = f"best validation epoch {epoch}, {best.monitor} {float(best.best_model_score):.4g}"
             headline = str(best.monitor).replace("val", "test", 1)
             figures = {headline: figures[headline]} if headline in figures else figures
-        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()), f"({when})")
+        if expected is not None and expected.metric in trained:  # a figure of training has no best validation epoch
+            figures, when = {expected.metric: trained[expected.metric]}, f"epoch {last}"
+        reached = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{reached} ({when})" + (f"; published {expected}" if expected and expected.metric in figures else ""))
 
 
 def _without_branches(message: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 pytest.importorskip("jsonargparse")
 
 from dfc_lightning import DFC, FeedbackLearning, cli
+from dfc_lightning.experiments import composition
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
@@ -135,6 +136,77 @@ def test_a_second_config_overrides_the_first(tmp_path, capsys):
     (tmp_path / "more.yaml").write_text("trainer:\n  max_epochs: 7\n")
     trainer = config(capsys, "--config=more.yaml")["trainer"]
     assert trainer["max_epochs"] == 7 and trainer["strategy"]["class_path"] == "dfc_lightning.DFCStrategy"
+
+
+def test_a_recipe_is_laid_over_its_bases(tmp_path, capsys):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "short.yaml").write_text("trainer:\n  max_epochs: 7\n  log_every_n_steps: 3\n")
+    more = f"base: [{DIGITS}, ../shared/short.yaml]\ntrainer:\n  max_epochs: 9\nmodel:\n  init_args:\n    optimizer:\n"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text(more + "      init_args:\n        lr: 1e-2\n")
+    given = config(capsys, recipe="own/mine.yaml")
+    assert given["trainer"]["max_epochs"] == 9 and given["trainer"]["log_every_n_steps"] == 3
+    assert given["trainer"]["strategy"]["class_path"] == "dfc_lightning.DFCStrategy"
+    assert given["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert given["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert "base" not in given
+    (tmp_path / "more.yaml").write_text("trainer:\n  max_epochs: 2\n")
+    assert config(capsys, "--config=more.yaml", recipe="own/mine.yaml")["trainer"]["max_epochs"] == 2
+
+
+def test_a_second_config_replaces_the_logger_of_a_composed_recipe(tmp_path, capsys):
+    logger = "lightning.pytorch.loggers.TensorBoardLogger"
+    (tmp_path / "more.yaml").write_text(f"trainer:\n  logger:\n    class_path: {logger}\n    init_args: {{name: x}}\n")
+    given = config(capsys, "--config=more.yaml", recipe=RECIPES / "mnist" / "dfc_ss.yaml")["trainer"]["logger"]
+    assert given["class_path"] == logger and given["init_args"]["name"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"a.yaml": "base: b.yaml", "b.yaml": "base: [a.yaml]"},
+            r"base='a.yaml' in b.yaml leads back.*a.yaml -> b.yaml",
+        ),
+        ({"a.yaml": "base: none.yaml"}, r"base='none.yaml' in a.yaml: there is no such file.*relative"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "base: none.yaml"}, r"base='none.yaml' in b.yaml: there is no such file"),
+        ({"a.yaml": "base: {b: 1}"}, r"base=.*in a.yaml: give the path"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "just words"}, r"b.yaml holds no settings"),
+    ],
+)
+def test_a_base_that_cannot_be_had_is_named(tmp_path, capsys, files, words):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        fit(recipe="a.yaml")
+    assert stopped.value.code == 2 and re.search(words, capsys.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("base", "top", "merged"),
+    [
+        ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 4}}, {"a": 1, "b": {"c": 2, "d": 4}}),
+        ({"a": [1, 2]}, {"a": [3]}, {"a": [3]}),
+        ({"a": {"b": 1}}, {"a": None}, {"a": None}),
+        (
+            {"a": {"class_path": "X", "init_args": {"n": 1}}},
+            {"a": {"class_path": "Y"}},
+            {"a": {"class_path": "Y"}},
+        ),
+        (
+            {"a": {"class_path": "X", "init_args": {"n": 1}}},
+            {"a": {"class_path": "X", "init_args": {"m": 2}}},
+            {"a": {"class_path": "X", "init_args": {"n": 1, "m": 2}}},
+        ),
+        (
+            {"a": {"init_args": {"n": 1}}},
+            {"a": {"class_path": "X", "init_args": {"m": 2}}},
+            {"a": {"class_path": "X", "init_args": {"m": 2}}},
+        ),
+    ],
+)
+def test_merging_replaces_all_but_mappings_and_another_class_whole(base, top, merged):
+    assert composition.merge(base, top) == merged
 
 
 @pytest.mark.parametrize(

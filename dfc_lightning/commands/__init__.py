@@ -5,5 +5,10 @@ A command's module has ``main(args: Sequence[str]) -> None``, given the words af
 
 from __future__ import annotations
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "plot": "draw figures of runs, and of the paper",
+    "reproduce": "run what is missing of the published table",
+    "report": "our results beside the published table",
+    "compare": "recipes or finished runs in one table and one figure",
+}
 """Each command's name, also that of its module here, and a line on what it does."""

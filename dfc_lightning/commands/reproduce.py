@@ -1,0 +1,91 @@
+"""``dfc reproduce``: run the cells of the published table that are missing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dfc_lightning.experiments.campaign import carry_out, positive
+from dfc_lightning.experiments.ledger import Ledger
+from dfc_lightning.experiments.recipe import Recipe, find_recipes
+from dfc_lightning.experiments.runner import plan
+from dfc_lightning.experiments.table import COLUMNS, RULES
+
+_DESCRIPTION = """\
+Run the published table's cells, each by its recipe and with several seeds, and note every finished run in
+RESULTS/table.jsonl. What is noted there already is not run again. A run that was interrupted, even killed, goes on
+from its last complete epoch; so does one that was shorter (--epochs). Several processes may work side by side: none
+takes up what another is at. Then: dfc report.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="dfc reproduce", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--column", nargs="+", metavar="NAME", help=f"folders of recipes (default: {' '.join(COLUMNS)})")
+    made.add_argument("--rule", nargs="+", metavar="NAME", help=f"recipes in these (default: {' '.join(RULES)})")
+    made.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (default: 5)")
+    made.add_argument(
+        "--epochs", type=positive, metavar="N", help="train so many epochs, not the recipe's; kept apart in the report"
+    )
+    made.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    made.add_argument("--recipes", type=Path, default=Path("recipes"), metavar="DIR", help="default: recipes")
+    made.add_argument(
+        "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="checkpoints (default: runs/reproduce)"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of dfc fit for every run, e.g. trainer.limit_train_batches=20; such runs are no part of the "
+        "report",
+    )
+    return made
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: the words after its name.
+    """
+    arguments = parser()
+    given = arguments.parse_args(args)
+    try:
+        recipes = _chosen(given)
+    except ValueError as error:
+        arguments.error(str(error))
+    outcome = carry_out(plan(recipes, given.seeds, given.epochs, given.set), given.runs, Ledger(given.results))
+    print(f"{len(outcome.results)} runs finished, noted in {given.results / 'table.jsonl'}")
+    if outcome.claimed:
+        print(f"{len(outcome.claimed)} runs are another process's: {', '.join(map(str, outcome.claimed))}")
+    if outcome.failed:
+        sys.exit("error: failed: " + "; ".join(f"{run}: {error}" for run, error in outcome.failed))
+
+
+def _chosen(given: argparse.Namespace) -> list[Recipe]:
+    for override in given.set:
+        if "=" not in override or override.startswith("-"):
+            raise ValueError(f"--set {override}: give KEY=VALUE, e.g. trainer.limit_train_batches=20")
+    there = {(path.parent.name, path.stem): path for path in find_recipes(given.recipes)}
+    if not there:
+        raise ValueError(
+            f"--recipes {given.recipes}: no recipes there; name the folder that holds mnist/, digits/, ..."
+        )
+    for option, position, names in (("--column", 0, given.column), ("--rule", 1, given.rule)):
+        known = sorted({names[position] for names in there})
+        for name in names or []:
+            if name not in known:
+                raise ValueError(f"{option} {name}: not in {given.recipes}; choose from {', '.join(known)}")
+    columns, rules = given.column or COLUMNS, given.rule or RULES
+    paths = [there[column, rule] for column in columns for rule in rules if (column, rule) in there]
+    if not paths:
+        raise ValueError(
+            f"--column {' '.join(columns)} --rule {' '.join(rules)}: there is no such recipe; choose others"
+        )
+    return [Recipe.load(path, given.set) for path in paths]

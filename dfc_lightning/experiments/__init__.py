@@ -1,0 +1,1 @@
+"""Recipes, the runs that reproduce them, and what these runs show."""

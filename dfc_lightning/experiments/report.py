@@ -1,0 +1,159 @@
+"""The page that holds our results against the published ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from dfc_lightning.experiments.figures import Curves
+from dfc_lightning.experiments.ledger import Result, longest
+from dfc_lightning.experiments.recipe import Recipe
+from dfc_lightning.experiments.table import COLUMNS, RULE_OF_MARKS, RULES, Column, Summary, mark
+
+REFERENCE_SECONDS = {"bp": 0.007, "dfa": 0.008, "dfc_ssa": 0.021, "dfc_ss": 3.3, "dfc": 7.2}
+REFERENCE_FEEDBACK_SECONDS = 0.30
+REFERENCE_AUTOENCODER_SSA_SECONDS = 14.0
+"""The published code's seconds a batch of 128, in float64 on two cores."""
+
+
+class Standing:
+    """The results that count for the table: of the recipes as they are, without overrides, a line a seed.
+
+    Args:
+        recipes: the table's recipes by name.
+        results: all finished runs.
+    """
+
+    def __init__(self, recipes: Mapping[str, Recipe], results: Sequence[Result]) -> None:
+        self.recipes = recipes
+        ours = [r for r in results if r.recipe in recipes and not r.overrides]
+        current = [r for r in ours if r.fingerprint == recipes[r.recipe].fingerprint]
+        self.outdated = len(ours) - len(current)
+        self.full: dict[str, list[Result]] = defaultdict(list)
+        self.short: dict[tuple[str, int], list[Result]] = defaultdict(list)
+        for result in sorted(longest(current), key=lambda r: r.seed):
+            if result.epochs >= recipes[result.recipe].epochs:
+                self.full[result.recipe].append(result)
+            else:
+                self.short[result.recipe, result.epochs].append(result)
+
+    def summary(self, name: str) -> Summary | None:
+        """Our figure for a cell, by the whole protocol."""
+        epochs = self.recipes[name].epochs
+        values = [result.after(epochs).value for result in self.full.get(name, [])]
+        return Summary.of(values) if values else None
+
+    def curves(self) -> dict[str, Curves]:
+        """Validation figures over epochs, training losses where these are judged, by column and rule."""
+        panels: dict[str, Curves] = {}
+        for column, about in COLUMNS.items():
+            lines = {}
+            for rule, title in RULES.items():
+                name = f"{column}/{rule}"
+                runs = self.full.get(name) or [r for (n, _), rs in self.short.items() if n == name for r in rs]
+                if runs:
+                    watched = self.recipes[name].metric.replace("test/", "val/", 1)
+                    lines[title] = [run.history[watched] for run in runs]
+            if lines:
+                panels[about.title.replace("test", "validation")] = lines
+        return panels
+
+
+def page(standing: Standing, figure: str | None) -> str:
+    """The page, in Markdown.
+
+    Args:
+        standing: what counts.
+        figure: the learning curves' image, as the page is to link it.
+    """
+    parts = [
+        "# Results\n\n*Written by `dfc report`; do not edit by hand.*\n\n"
+        "Ours beside Table 1 of Meulemans et al. (2021): mean ± standard deviation over seeds, at the epoch of best "
+        f"validation; training losses at the last epoch. {RULE_OF_MARKS}"
+    ]
+    parts += [_column(standing, name, about) for name, about in COLUMNS.items()]
+    if figure:
+        parts.append(
+            f"## Learning curves\n\nMeans over seeds, the range over seeds shaded.\n\n![Learning curves]({figure})"
+        )
+    if standing.short:
+        parts.append(_short(standing))
+    if standing.full or standing.short:
+        parts.append(_cost(standing))
+    if standing.outdated:
+        parts.append(f"{standing.outdated} runs of earlier versions of the recipes are left out.")
+    return "\n\n".join(parts) + "\n"
+
+
+def figure_text(mean: float, std: float | None, column: Column) -> str:
+    """``2.29 ± 0.10`` in the column's units."""
+    text = f"{mean / column.scale:.{column.digits}f}"
+    return text if std is None else f"{text} ± {std / column.scale:.{column.digits}f}"
+
+
+def _column(standing: Standing, column: str, about: Column) -> str:
+    lines = [f"## {about.title}\n", "| rule | published | ours | seeds | |", "|---|--:|--:|--:|---|"]
+    for rule, title in RULES.items():
+        recipe = standing.recipes.get(f"{column}/{rule}")
+        if recipe is None or recipe.expected is None:
+            continue
+        ours, published = standing.summary(recipe.name), recipe.expected
+        said = figure_text(published.mean, published.std, about)
+        cells = ["", ""] if ours is None else [figure_text(ours.mean, ours.std, about), str(ours.seeds)]
+        lines.append(f"| {title} | {said} | {cells[0]} | {cells[1]} | {mark(ours, published)} |")
+    return "\n".join(lines)
+
+
+def _short(standing: Standing) -> str:
+    lines = [
+        "## Runs of fewer epochs\n\nNot comparable with the published figures, which are of the whole protocol.\n",
+        "| cell | epochs | ours so far | seeds | published, whole protocol |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for (name, epochs), runs in sorted(standing.short.items(), key=lambda item: _order(item[0][0])):
+        about, recipe = COLUMNS[name.split("/")[0]], standing.recipes[name]
+        ours = Summary.of([run.value for run in runs])
+        published = figure_text(recipe.expected.mean, recipe.expected.std, about) if recipe.expected else ""
+        part = f"{epochs} of {recipe.epochs}"
+        said = figure_text(ours.mean, ours.std, about)
+        lines.append(f"| {_titled(name)} | {part} | {said} | {ours.seeds} | {published} |")
+    return "\n".join(lines)
+
+
+def _cost(standing: Standing) -> str:
+    lines = [
+        "## Cost\n\nWall time of the median epoch and run, feedback passes, validation and test included, beside the "
+        "published code's measured seconds for a batch of 128 (float64, two cores). A batch of its feedback learning, "
+        f"of which an epoch has three passes, takes {REFERENCE_FEEDBACK_SECONDS:.2f} s more where feedback is "
+        "learned. An epoch has 430 batches.\n",
+        "| cell | seconds an epoch | seconds a run | epochs | on | published code, seconds a batch |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    groups: dict[tuple[str, int, str], list[Result]] = defaultdict(list)
+    for runs in [*standing.full.values(), *standing.short.values()]:
+        for run in runs:
+            groups[run.recipe, run.epochs, f"{run.device}, {run.threads} threads"].append(run)
+    for (name, epochs, place), runs in sorted(groups.items(), key=lambda item: _order(item[0][0])):
+        epoch = statistics.median(run.seconds_per_epoch for run in runs)
+        whole = statistics.median(run.seconds for run in runs)
+        lines.append(f"| {_titled(name)} | {epoch:.3g} | {whole:.4g} | {epochs} | {place} | {_reference(name)} |")
+    return "\n".join(lines)
+
+
+def _reference(name: str) -> str:
+    column, rule = name.split("/")
+    base = rule.removesuffix("_fixed")
+    if column == "mnist_autoencoder":
+        return f"{REFERENCE_AUTOENCODER_SSA_SECONDS:g}" if base == "dfc_ssa" else ""
+    return f"{REFERENCE_SECONDS[base]:g}"
+
+
+def _order(name: str) -> tuple[int, int]:
+    column, rule = name.split("/")
+    return list(COLUMNS).index(column), list(RULES).index(rule)
+
+
+def _titled(name: str) -> str:
+    column, rule = name.split("/")
+    return f"{COLUMNS[column].title.split(', ')[0]}{' (training loss)' if 'train' in column else ''}, {RULES[rule]}"

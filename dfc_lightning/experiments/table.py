@@ -1,0 +1,86 @@
+"""The published table: its columns and rows, and how a cell of ours compares with its."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dfc_lightning.experiments.published import Published
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        title: its heading.
+        scale: its figures are given in units of this.
+        digits: after the point.
+    """
+
+    title: str
+    scale: float = 1.0
+    digits: int = 2
+
+
+COLUMNS = {
+    "mnist": Column("MNIST, test error, %"),
+    "fashion_mnist": Column("Fashion-MNIST, test error, %"),
+    "mnist_autoencoder": Column("MNIST autoencoder, test loss, 10⁻²", 1e-2),
+    "mnist_train_loss": Column("MNIST, training loss, 10⁻⁷", 1e-7),
+}
+"""The table's columns by the folder of their recipes."""
+
+RULES = {
+    "bp": "BP",
+    "dfa": "DFA",
+    "dfc_ssa": "DFC-SSA",
+    "dfc_ss": "DFC-SS",
+    "dfc": "DFC",
+    "dfc_ssa_fixed": "DFC-SSA (fixed)",
+    "dfc_ss_fixed": "DFC-SS (fixed)",
+    "dfc_fixed": "DFC (fixed)",
+}
+"""The table's rows by the names of their recipes."""
+
+Mark = Literal["reproduced", "better", "worse", "not yet run"]
+
+RULE_OF_MARKS = (
+    "A cell is *reproduced* if our mean lies within two standard errors of the published one, else *better* or "
+    "*worse*. The standard error is √(s²/n + S²/N), of our n seeds with standard deviation s and the N published ones "
+    "with S; one seed has no spread, and is taken to have the published one, s = S."
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of some runs' figures.
+
+    Args:
+        mean: the mean.
+        std: the sample standard deviation; None for one seed.
+        seeds: their number.
+    """
+
+    mean: float
+    std: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of one figure a seed."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def mark(ours: Summary | None, published: Published) -> Mark:
+    """How our figure, of which less is better, compares with the published one; see ``RULE_OF_MARKS``."""
+    if ours is None:
+        return "not yet run"
+    std = published.std if ours.std is None else ours.std
+    error = math.sqrt(std**2 / ours.seeds + published.std**2 / published.seeds)
+    if abs(ours.mean - published.mean) <= 2 * error:
+        return "reproduced"
+    return "better" if ours.mean < published.mean else "worse"  # not a number is worse
