@@ -170,7 +170,8 @@ class ControlledNetwork:
 
     def jacobian(self, *args: Any, **kwargs: Any) -> Tensor:
         """J = ∂r_L/∂[v_1 … v_L] of each sample, (B, n_L, Σ n_i)."""
-        return torch.cat(self.chain().jacobians(self.observe(*args, **kwargs)), dim=2)
+        activity = self.observe(*args, **kwargs)  # by which a network is known
+        return torch.cat(self.chain().jacobians(activity), dim=2)
 
     @contextlib.contextmanager
     def watched(self, at_output: AtOutput) -> Iterator[None]:

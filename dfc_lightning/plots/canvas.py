@@ -1,0 +1,71 @@
+"""One style for all figures; the one place that imports matplotlib."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Arguments = ParamSpec("Arguments")
+
+BLUE, GREEN, PURPLE, RED, ORANGE, SKY, GREY = (
+    "#0072b2",
+    "#009e73",
+    "#8a4fa3",
+    "#d55e00",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+)
+COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+"""Colours that readers with colour-blindness can tell apart (Okabe and Ito), but for the purple."""
+
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.framealpha": 0.7,
+    "legend.edgecolor": "none",
+    "axes.titlelocation": "left",
+    "lines.linewidth": 1.4,
+}
+
+
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """Let a function that returns a figure draw it in the package's style."""
+
+    @functools.wraps(draw)
+    def in_style(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        try:
+            from matplotlib import rc_context
+        except ImportError as error:
+            raise ImportError(
+                'Figures need matplotlib, which is not installed: pip install "dfc_lightning[recipes]"'
+            ) from error
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure that belongs to no window, and its empty axes, row by row.
+
+    Args:
+        rows: rows of axes.
+        columns: axes in a row.
+        width: width of the figure in inches.
+        height: height of the figure in inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -1,0 +1,104 @@
+"""What a run has logged, read from the ``metrics.csv`` of Lightning's ``CSVLogger``."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+METRICS = "metrics.csv"
+
+
+class Series(NamedTuple):
+    """One logged quantity: its steps and its values there, of equal length."""
+
+    steps: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's logged quantities.
+
+    Args:
+        name: what the run is called, the folder above its ``version_*``.
+        series: each quantity by its logged name. Its steps are optimizer steps, or feedback learning steps for what
+            begins with ``feedback/``.
+        steps_per_epoch: optimizer steps in an epoch; None if no quantity was logged by epochs.
+    """
+
+    name: str
+    series: dict[str, Series]
+    steps_per_epoch: float | None
+
+    def by_epoch(self, quantity: str) -> Series:
+        """The quantity with epochs passed in the place of optimizer steps, where these are known."""
+        steps, values = self.series[quantity]
+        return Series([step / (self.steps_per_epoch or 1) for step in steps], values)
+
+
+def find_run(path: Path) -> Path:
+    """The folder at ``path`` that holds a run: this one, or the newest ``version_*`` in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if (path / METRICS).is_file():
+        return path
+    versions = [folder for folder in path.glob("version_*") if (folder / METRICS).is_file()]
+    if not versions:
+        raise FileNotFoundError(
+            f"RUN={path}: neither it nor a version_* folder in it holds a {METRICS}. Give the folder of a run that "
+            "was logged by CSVLogger, e.g. runs/digits/dfc."
+        )
+    return max(versions, key=_number)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run.
+
+    Args:
+        path: the folder that holds ``metrics.csv``, or one with ``version_*`` folders, of which the newest is read.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = find_run(Path(path))
+    series: dict[str, Series] = {}
+    epoch_length = 0.0
+    with open(folder / METRICS, newline="") as file:
+        for row in csv.DictReader(file):
+            logged = {name: float(value) for name, value in row.items() if value}
+            step, epoch = logged.pop("step"), logged.pop("epoch", None)
+            step = logged.pop("feedback/step", step)
+            if epoch is not None:
+                step += 1  # Lightning counts it from zero
+                epoch_length = max(epoch_length, step / (epoch + 1))  # less than it before an epoch's last step
+            for name, value in logged.items():
+                steps, values = series.setdefault(name, Series([], []))
+                steps.append(step)
+                values.append(value)
+    name = folder.resolve().parent.name if _number(folder) >= 0 else folder.resolve().name
+    return Run(name, series, epoch_length or None)
+
+
+def smoothed(values: list[float], window: int) -> list[float]:
+    """Each value's mean with up to ``window`` − 1 values before it; what is no number is left out.
+
+    Example:
+        >>> smoothed([1.0, 3.0, float("nan"), 5.0], window=2)
+        [1.0, 2.0, 3.0, 5.0]
+    """
+    means = []
+    for end in range(1, len(values) + 1):
+        within = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+        means.append(sum(within) / len(within) if within else math.nan)
+    return means
+
+
+def _number(folder: Path) -> int:
+    """The number of a ``version_*`` folder; −1 for another folder."""
+    number = folder.name.removeprefix("version_")
+    return int(number) if number.isdigit() and number != folder.name else -1
