@@ -176,9 +176,7 @@ class Chain:
     def apart(self, activity: Activity, apical: Sequence[Tensor]) -> Response:
         """What apical voltages do to each layer alone, what it hears staying feedforward."""
         still = [torch.zeros_like(v) for v in activity.v]
-        found = [
-            phi.difference(v, r, a) for phi, v, r, a in zip(self.nonlinearities, activity.v, activity.r, apical)
-        ]
+        found = [phi.difference(v, r, a) for phi, v, r, a in zip(self.nonlinearities, activity.v, activity.r, apical)]
         return Response(still, list(apical), found)
 
     def linear_response(self, at: Activity | Sequence[Tensor], apical: Sequence[Tensor]) -> Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfc_lightning.control.chain import Activity
 from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.graph import GraphActivity
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.control.points import ControlPoint
 from dfc_lightning.control.trace import OperationRecorder
 from dfc_lightning.control.watch import GraphWatch, called_twice, not_reached, refuse_history
+from dfc_lightning.control.wiring import GraphActivity
 
 
 class FirstWatch(GraphWatch):
@@ -49,9 +48,7 @@ class FirstWatch(GraphWatch):
         if self._found is None or self._handed_on is None:
             return
         try:
-            self._found.append(
-                self.recorder.path(self._handed_on, received, self.voltages[-1], self.order[-1].name)
-            )
+            self._found.append(self.recorder.path(self._handed_on, received, self.voltages[-1], self.order[-1].name))
         except ControlError:
             self._found = None
 

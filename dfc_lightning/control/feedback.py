@@ -14,15 +14,13 @@ FeedbackInit = Literal["weight_product", "xavier_normal", "orthogonal", "normal"
 FEEDBACK_INITS = ("weight_product", "xavier_normal", "orthogonal", "normal", "jacobian")
 
 
-def initial_feedback(
-    kind: FeedbackInit, weights: Sequence[Tensor], generator: torch.Generator
-) -> list[Tensor]:
+def initial_feedback(kind: FeedbackInit, weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Feedback weights for layers of the given forward weights; Q_L is the identity.
 
     Args:
         kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is; ``"xavier_normal"``,
-            ``"orthogonal"`` and ``"normal"`` (standard deviation 0.1) are random; ``"jacobian"`` starts as ``"weight_product"`` until
-            activity has been seen, see :func:`averaged_pseudoinverse`.
+            ``"orthogonal"`` and ``"normal"`` (standard deviation 0.1) are random; ``"jacobian"`` starts as
+            ``"weight_product"`` until activity has been seen, see :func:`averaged_pseudoinverse`.
         weights: W_i, (n_i, n_{i−1}).
         generator: source of the random kinds, on the CPU.
     """

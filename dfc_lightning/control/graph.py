@@ -8,182 +8,23 @@ directly, so that no teaching signal has to travel back through another layer's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
-from dfc_lightning.control.operations import BatchNorm, Deviations, Frame, Live, MaxPool, Operation, Rate, Slot
-from dfc_lightning.control.segments import Segment
+from dfc_lightning.control.batch_norm import BatchNorm, Live
+from dfc_lightning.control.layered import Layered
+from dfc_lightning.control.nonlinearity import Identity
+from dfc_lightning.control.operations import Deviations, Frame
 from dfc_lightning.control.tape import Passage
+from dfc_lightning.control.wiring import GraphActivity, GraphResponse
 
 MEAN_OVER = 8
 """Samples that the batch-mean Jacobian product is taken from."""
 
 ROWS_AT_ONCE = 512
 """Rows of Jacobians that ride through the network together."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a point's voltage becomes a rate.
-
-    Args:
-        phi: the nonlinearity; the identity where a point has none of its own.
-        operation: where it is recorded, its argument being the voltage, or a sum of the voltage with another branch;
-            None for one that is taken of the voltage itself.
-        pool: the max-pooling just before or after it: of the units in a window only the most active one has a rate.
-    """
-
-    phi: Nonlinearity
-    operation: Rate | None = None
-    pool: MaxPool | None = None
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """What a forward pass did, from the layers' inputs to the network's output.
-
-    Args:
-        program: the operations, in order.
-        segments: the layer, and the normalisation, of each control point.
-        passages: where each point lies.
-        sites: its nonlinearity.
-        output: slot of the network's output.
-    """
-
-    program: Sequence[Operation]
-    segments: Sequence[Segment]
-    passages: Sequence[Passage]
-    sites: Sequence[Site]
-    output: Slot
-
-    @cached_property
-    def somata_to_output(self) -> list[int]:
-        """The number of points on the longest way from each point, itself included, to the output."""
-        longest: dict[int, int] = {self.output: 0}
-        for each in reversed(self.program):
-            here = max((longest[s] for s in each.outputs if s in longest), default=None)
-            if here is not None:
-                for s in each.inputs:
-                    longest[s] = max(longest.get(s, 0), here + isinstance(each, Passage))
-        return [longest.get(p.target, 0) + 1 for p in self.passages]
-
-
-    def again(self, frame: Frame) -> Frame:
-        """The program's values for the same input, as its weights are now."""
-        found = Frame(list(frame.values), frame.batch, frame.dtype)
-        for each in self.program:
-            for slot, value in zip(each.outputs, each.values(found)):
-                found.values[slot] = value
-        return found
-
-
-@dataclass
-class GraphActivity:
-    """One feedforward pass over a batch of B samples.
-
-    Args:
-        wiring: what was done.
-        frame: with what values.
-    """
-
-    wiring: Wiring
-    frame: Frame
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.frame.batch
-
-    @property
-    def output(self) -> Tensor:
-        """The network's output r_L⁻, (B, n_L)."""
-        return self.frame[self.wiring.output]
-
-    @property
-    def v(self) -> list[Tensor]:
-        """Feedforward voltages v_i⁻ of the control points, (B, …)."""
-        return [self.frame[p.target] for p in self.wiring.passages]
-
-    @property
-    def slopes(self) -> list[Tensor]:
-        """φ' at each point's site, in the shape of its voltage."""
-        found = []
-        for site, v in zip(self.wiring.sites, self.v):
-            if site.operation is not None:
-                found.append(site.operation.slope(self.frame))
-            else:
-                found.append(site.phi.slope(v, site.phi(v)))
-        return found
-
-    def presynaptic(self) -> list[Tensor]:
-        """What each layer multiplies with its weights, (B, …)."""
-        return [self.frame[s.heard] for s in self.wiring.segments]
-
-    def samples(self, index: Tensor) -> GraphActivity:
-        """The activity of some samples only; ``index`` as for a tensor's first dimension."""
-        used = {self.wiring.output, *(s.heard for s in self.wiring.segments)}
-        for each in self.wiring.program:
-            used.update(each.inputs, each.outputs)
-        values = [v[index] if k in used and v is not None else None for k, v in enumerate(self.frame.values)]
-        output = values[self.wiring.output]
-        assert output is not None
-        return GraphActivity(self.wiring, Frame(values, output.shape[0], self.frame.dtype))
-
-
-@dataclass
-class GraphResponse:
-    """How the controlled network deviates from feedforward.
-
-    Args:
-        ports: what drives each point, Q_i u, (B, n_i).
-        driven: the same in the shape of the voltage.
-        moved: every deviation, by slot.
-        wiring: what the slots are.
-    """
-
-    ports: list[Tensor]
-    driven: list[Tensor]
-    moved: Deviations
-    wiring: Wiring
-
-    @property
-    def output(self) -> Tensor:
-        """δr_L, (B, n_L)."""
-        found = self.moved[self.wiring.output]
-        assert found is not None
-        return found
-
-    @property
-    def basal(self) -> list[Tensor]:
-        """δv_i^ff, what the layer's own input drives it to."""
-        arriving = (self.moved[p.source] for p in self.wiring.passages)
-        return [torch.zeros_like(d) if b is None else b for b, d in zip(arriving, self.driven)]
-
-    def where(self, keep: Tensor, other: GraphResponse | None = None) -> GraphResponse:
-        """This response for the samples of the mask ``keep``, (B,); ``other``, or no deviation, for the rest."""
-
-        def choose(mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None) -> list:
-            if others is None:
-                others = [None] * len(mine)
-            return [_where(keep, a, b) for a, b in zip(mine, others)]
-
-        return GraphResponse(
-            choose(self.ports, other and other.ports),
-            choose(self.driven, other and other.driven),
-            choose(self.moved, other and other.moved),
-            self.wiring,
-        )
-
-
-def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if mine is None:
-        return None
-    other = torch.zeros_like(mine) if other is None else other
-    return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other)
 
 
 class Graph:
@@ -235,9 +76,7 @@ class Graph:
 
     def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
         """Apical voltages in the shape of the points' voltages."""
-        return [
-            a.reshape(-1, *spread).expand(-1, *shape) for a, spread, shape in zip(ports, self.spreads, self.shapes)
-        ]
+        return [a.reshape(-1, *spread).expand(-1, *shape) for a, spread, shape in zip(ports, self.spreads, self.shapes)]
 
     # Under control
 
@@ -391,37 +230,3 @@ class Graph:
             segment.gradients(activity.frame, t * scale, r)
             for segment, t, r in zip(activity.wiring.segments, signals, heard)
         ]
-
-
-class Layered:
-    """The points of a graph grouped by the somata between them and the output, as if they were layers of a chain.
-
-    To feedback learning a network is J_i and Q_i, and the number of somata that filter a layer's noise on its way to
-    the output: on the longest way, where there are several.
-
-    Args:
-        graph: the graph.
-        activity: a feedforward pass.
-    """
-
-    reducible = False
-
-    def __init__(self, graph: Graph, activity: GraphActivity) -> None:
-        self.graph, self.activity = graph, activity
-        ways = activity.wiring.somata_to_output
-        self.groups = [[i for i, n in enumerate(ways) if n == count] for count in range(max(ways), 0, -1)]
-        self.depth = len(self.groups)
-        self.feedback = [torch.cat([graph.feedback[i] for i in group]) for group in self.groups]
-        self.widths = [q.shape[0] for q in self.feedback]
-
-    def jacobians(self, activity: object) -> list[Tensor]:
-        """J of each group, one (B, n_L, n) each."""
-        found = self.graph.jacobians(self.activity)
-        return [torch.cat([found[i] for i in group], dim=2) for group in self.groups]
-
-    def apart(self, grouped: Sequence[Tensor]) -> list[Tensor]:
-        """What is for the groups, as it is for the points."""
-        found: dict[int, Tensor] = {}
-        for group, tensor in zip(self.groups, grouped):
-            found |= zip(group, tensor.split([self.graph.widths[i] for i in group]))
-        return [found[i] for i in range(self.graph.depth)]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.feedback import FeedbackInit, pseudoinverse_mean, random_feedback
-from dfc_lightning.control.graph import Graph, GraphActivity
+from dfc_lightning.control.graph import Graph
 from dfc_lightning.control.operations import Frame
 from dfc_lightning.control.points import ControlPoint
+from dfc_lightning.control.wiring import GraphActivity
 
 ConvFeedback = Literal["auto", "dense", "channel"]
 CONV_FEEDBACK = ("auto", "dense", "channel")
@@ -21,8 +22,8 @@ CONV_FEEDBACK = ("auto", "dense", "channel")
 DENSE_FEEDBACK_UP_TO = 2**20
 """The most feedback weights of a point whose every unit has its own; in float32 4 MB, and 8 MB in its optimizer."""
 
-SEEN_SAMPLES = 32
-"""Samples of the first batch that initial feedback weights are taken from."""
+SAMPLES_AT_ONCE = 32
+"""Samples of the first batch whose Jacobians are held at a time."""
 
 
 def port_shapes(
@@ -51,7 +52,8 @@ def port_shapes(
         else:
             raise ControlError(
                 f"The feedback weight of {point.name!r} has the shape {tuple(q.shape)}, but the layer has voltages of "
-                f"the shape {tuple(shape)} and the network {outputs} outputs. Load it into the network it was saved from."
+                f"the shape {tuple(shape)} and the network {outputs} outputs. Load it into the network it was saved "
+                "from."
             )
     return found
 
@@ -90,11 +92,13 @@ def initial_graph_feedback(
     last = [p.target == activity.wiring.output for p in activity.wiring.passages]
     if kind in ("weight_product", "jacobian"):
         graph = Graph(empty, shapes, spreads)
-        few = torch.arange(min(SEEN_SAMPLES, activity.batch_size), device=activity.output.device)
-        jacobians = graph.jacobians(activity.samples(few))
+        found = empty
+        for some in torch.arange(activity.batch_size, device=activity.output.device).split(SAMPLES_AT_ONCE):
+            jacobians, share = graph.jacobians(activity.samples(some)), len(some) / activity.batch_size
+            means = pseudoinverse_mean(jacobians) if kind == "jacobian" else [j.mean(0).T for j in jacobians]
+            found = [q + share * mean for q, mean in zip(found, means)]
         if kind == "jacobian":
-            return pseudoinverse_mean(jacobians)
-        found = [j.mean(0).T.contiguous() for j in jacobians]
+            return found
     else:
         found = [random_feedback(kind, q, generator) for q in empty]
     return [torch.eye(outputs).to(q) if direct else q for q, direct in zip(found, last)]

@@ -20,7 +20,7 @@ from dfc_lightning.control.feedback import (
     averaged_pseudoinverse,
     initial_feedback,
 )
-from dfc_lightning.control.graph import Graph, GraphActivity
+from dfc_lightning.control.graph import Graph
 from dfc_lightning.control.graph_feedback import (
     CONV_FEEDBACK,
     ConvFeedback,
@@ -31,6 +31,7 @@ from dfc_lightning.control.graph_feedback import (
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.control.points import ControlPoint, find_points, scope_of
 from dfc_lightning.control.watch import GraphWatch
+from dfc_lightning.control.wiring import GraphActivity
 
 AtOutput = Callable[["Activity | GraphActivity", Tensor], Tensor]
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -126,14 +127,15 @@ class ControlledNetwork:
     def observing(self, run: Callable[[], Any]) -> Activity | GraphActivity:
         """Call ``run``, which runs the module, and break it off at the network's output.
 
-        Nothing after the output is run: no loss, no logging.
+        Nothing after the output is run: no loss, no logging. The module's buffers stay as they are: the running
+        statistics of a normalisation are those of the training steps.
         """
 
         def stop(activity: Activity | GraphActivity, output: Tensor) -> Tensor:
             raise _OutputReached(activity)
 
         try:
-            with self.watched(stop):
+            with _buffers_kept(self.module), self.watched(stop):
                 run()
         except _OutputReached as reached:
             return reached.activity
@@ -338,6 +340,20 @@ class ControlledNetwork:
         self.feedback = [nn.Parameter(q) for q in values]
 
 
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what becomes of the buffers of a module inside."""
+    kept = [
+        (m._buffers, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer.copy_(value)
+
+
 class _OutputReached(BaseException):
     """Carries the activity out of a forward pass that is broken off at the network's output.
 
@@ -347,5 +363,3 @@ class _OutputReached(BaseException):
     def __init__(self, activity: Activity | GraphActivity) -> None:
         super().__init__()
         self.activity = activity
-
-

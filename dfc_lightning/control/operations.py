@@ -8,16 +8,14 @@ statistics of the feedforward pass, and everything else is subtracted in float64
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dfc_lightning.control.nonlinearity import Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
+from dfc_lightning.control.nonlinearity import Nonlinearity
 
 
 class Slot(int):
@@ -238,201 +236,6 @@ class Rate(Operation):
         return frame.once(self, lambda: self.phi.slope(frame[self.inputs[0]], frame[self.outputs[0]]))
 
 
-class MaxPool(Operation):
-    """Max-pooling of maps of one, two or three dimensions.
-
-    With x_o the entry at offset o of a window and y⁻ the largest, the change is the largest of (x_o⁻ − y⁻) + δ_o.
-
-    Args:
-        dims: of the maps.
-    """
-
-    def __init__(self, *args: Any, dims: int) -> None:
-        super().__init__(*args)
-        named = dict(zip(("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode"), self.args))
-        named |= self.kwargs
-
-        def each(name: str, default: Any) -> list[int]:
-            value = named.get(name)
-            value = default if value is None or value == [] else value
-            return list(value) if isinstance(value, (tuple, list)) else [value] * dims
-
-        self.kernel = each("kernel_size", 1)
-        self.stride, self.padding = each("stride", self.kernel), each("padding", 0)
-        self.dilation = each("dilation", 1)
-
-    def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
-        x, y, change = frame[self.inputs[0]], frame[self.outputs[0]], moved[self.inputs[0]]
-        assert change is not None
-        gaps = frame.once(self, lambda: [e - y for e in self._entries(x, y.shape[2:], -torch.inf)])
-        largest: Tensor | None = None
-        for gap, entry in zip(gaps, self._entries(change, y.shape[2:], 0.0)):
-            reached = gap + entry
-            largest = reached if largest is None else torch.maximum(largest, reached, out=largest)
-        return [largest]
-
-    def tangents(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
-        x, size, change = frame[self.inputs[0]], frame[self.outputs[0]].shape[2:], moved[self.inputs[0]]
-        assert change is not None
-        where = frame.once(
-            (self, "winner"), lambda: torch.stack(self._entries(x, size, -torch.inf)).argmax(0, keepdim=True)
-        )
-        return [torch.stack(self._entries(change, size, 0.0)).gather(0, where).squeeze(0)]
-
-    def wins(self, frame: Frame) -> Tensor:
-        """In how many windows each entry is the largest, in the shape of the argument."""
-        return frame.once((self, "wins"), lambda: self._wins(frame[self.inputs[0]], frame[self.outputs[0]]))
-
-    def _wins(self, x: Tensor, y: Tensor) -> Tensor:
-        count = torch.zeros_like(x)
-        places = self._entries(torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:]), y.shape[2:], -1)
-        free = torch.ones_like(y, dtype=torch.bool)
-        for entry, place in zip(self._entries(x, y.shape[2:], -torch.inf), places):
-            won = free & (entry == y)
-            free &= ~won
-            inside = place.flatten() >= 0
-            count.flatten(2).index_add_(2, place.flatten()[inside], won.flatten(2)[..., inside].to(x))
-        return count
-
-    def _entries(self, x: Tensor, size: Sequence[int], outside: float) -> list[Tensor]:
-        """The entries of all windows at each offset, in the shape of the result."""
-        reach = [s * (n - 1) + 1 for s, n in zip(self.stride, size)]
-        need = [r + d * (k - 1) for r, d, k in zip(reach, self.dilation, self.kernel)]
-        after = [max(0, n - p - m) for n, p, m in zip(need, self.padding, x.shape[2:])]
-        if any(self.padding) or any(after):
-            x = F.pad(x, [n for pair in zip(reversed(self.padding), reversed(after)) for n in pair], value=outside)
-        offsets = itertools.product(*(range(0, d * k, d) for d, k in zip(self.dilation, self.kernel)))
-        return [
-            x[(..., *(slice(o, o + r, s) for o, r, s in zip(offset, reach, self.stride)))] for offset in offsets
-        ]
-
-
-class BatchNorm(Exact):
-    """Batch normalisation with the statistics of the feedforward pass held: an affine map of each channel.
-
-    Args:
-        x: what was normalised, (B, C, …).
-    """
-
-    def __init__(self, *args: Any, x: Tensor) -> None:
-        super().__init__(*args)
-        named = dict(zip(_BATCH_NORM, self.args)) | self.kwargs
-        self.weight, self.bias, self.eps = named.get("weight"), named.get("bias"), named.get("eps", 1e-5)
-        self.by_batch = named.get("training", False)
-        if self.by_batch:
-            axes = [0, *range(2, x.dim())]
-            self.variance, self.mean = torch.var_mean(x.detach().to(_full(x.dtype)), axes, correction=0)
-        else:
-            self.variance, self.mean = (named[n].detach().clone() for n in ("running_var", "running_mean"))
-
-    @property
-    def scale(self) -> Tensor:
-        """γ / σ of each channel, (C,)."""
-        inverse = (self.variance + self.eps).rsqrt()
-        return inverse if self.weight is None else inverse * self.weight.detach()
-
-    def values(self, frame: Frame) -> Sequence[Tensor]:
-        x = frame[self.inputs[0]]
-        shift = -self.mean * self.scale + (0 if self.bias is None else self.bias.detach())
-        return [torch.addcmul(_per_channel(shift, x), x, _per_channel(self.scale, x))]
-
-    def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
-        change = moved[self.inputs[0]]
-        assert change is not None
-        return [change * _per_channel(self.scale, change)]
-
-
-class Live(BatchNorm):
-    """The same, the statistics following their batch: what backprop differentiates."""
-
-    def __init__(self, norm: BatchNorm) -> None:
-        self.__dict__.update(norm.__dict__)
-
-    def values(self, frame: Frame) -> Sequence[Tensor]:
-        return [self.normalised(frame[self.inputs[0]], self.weight, self.bias)]
-
-    def normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Normalise ``x``; no running statistics move."""
-        if self.by_batch:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        return F.batch_norm(x, self.mean, self.variance, weight, bias, False, 0.0, self.eps)
-
-
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-_WEIGHTED = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}
-_SAME = {"to", "float", "half", "double", "bfloat16", "type_as", "clone", "contiguous", "detach", "alias"}
-_RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
-_LINEAR = {"mean", "sum", "neg", "__neg__", "cat", "concat", "concatenate", "stack", "chunk", "split", "unbind"}
-_LINEAR |= {"permute", "transpose", "movedim", "swapaxes", "squeeze", "unsqueeze", "__getitem__", "narrow", "select"}
-_LINEAR |= {f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)} | {"flip", "roll"}
-_MAX_POOL = {f"max_pool{n}d": n for n in (1, 2, 3)}
-_SUM = {"add": 1, "__add__": 1, "__radd__": 1, "add_": 1, "__iadd__": 1, "sub": -1, "__sub__": -1, "sub_": -1}
-_SUM |= {"__isub__": -1, "subtract": -1}
-_PRODUCT = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
-_RATES: dict[str, Nonlinearity] = {"relu": ReLU, "tanh": Tanh(), "sigmoid": Sigmoid()}
-_OTHER_RATES = {"relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish"}
-_OTHER_RATES |= {"hardsigmoid", "logsigmoid", "softsign", "tanhshrink", "hardshrink", "softshrink", "sin", "exp"}
-RANDOM = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax", "bernoulli", "bernoulli_"}
-RANDOM |= {"multinomial", "poisson", "normal_", "uniform_", "scaled_dot_product_attention"}
-
-
-def operation(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    inputs: list[Slot],
-    outputs: list[Slot],
-    values: Sequence[Tensor],
-) -> Operation:
-    """The recorded call as the operation that knows best how to pass deviations on.
-
-    Args:
-        function: what was called.
-        args: its positional arguments, recorded tensors replaced by their slots.
-        kwargs: its keyword arguments, likewise.
-        inputs: the slots in these.
-        outputs: slots of the tensors it returned.
-        values: the values of all slots, its arguments' as they were before the call.
-    """
-    call = (function, args, kwargs, inputs, outputs)
-    name = getattr(function, "__name__", str(function))
-    one = len(inputs) == 1 and len(outputs) == 1
-    same_shape = one and values[inputs[0]].shape == values[outputs[0]].shape
-    if name in _WEIGHTED and one and args[:1] == (inputs[0],):
-        return Weighted(*call)
-    if name == "batch_norm" and one:
-        return BatchNorm(*call, x=values[inputs[0]])
-    if name in _SAME and same_shape:
-        return Same(*call)
-    if name in _RESHAPE and one and values[outputs[0]].shape[:1] == values[inputs[0]].shape[:1]:
-        return Reshape(*call, shape=values[outputs[0]].shape)
-    if name in _SUM and len(outputs) == 1:
-        return Sum(*call, sign=_SUM[name])
-    if name in _PRODUCT and len(outputs) == 1:
-        return Product(*call)
-    if name in _LINEAR:
-        return Linear(*call)
-    if name in _MAX_POOL and one and values[inputs[0]].dim() == _MAX_POOL[name] + 2:
-        return MaxPool(*call, dims=_MAX_POOL[name])
-    plain = Operation(*call)
-    if same_shape and (phi := _nonlinearity(plain)) is not None:
-        return Rate(*call, phi=phi)
-    return plain
-
-
-def _nonlinearity(call: Operation) -> Nonlinearity | None:
-    name = call.name.removesuffix("_")
-    if name in _RATES:
-        return _RATES[name]
-    if name == "leaky_relu":
-        slope = call.args[1] if len(call.args) > 1 else call.kwargs.get("negative_slope", 0.01)
-        return LeakyReLU(float(slope))
-    if name not in _OTHER_RATES:
-        return None
-    return Elementwise(lambda v: call.at(lambda slot: v, v.dtype)[0])
-
-
 def writes_into_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument."""
     name = getattr(function, "__name__", "")
@@ -449,7 +252,13 @@ def writes_into_argument(function: Callable[..., Any], args: Sequence[Any], kwar
 
 
 _INPLACE_AT = {"relu": 1, "relu6": 1, "hardtanh": 3, "hardswish": 1, "hardsigmoid": 1, "elu": 2, "selu": 1, "celu": 2}
-_INPLACE_AT |= {"leaky_relu": 2, "silu": 1, "mish": 1, "threshold": 3, **{f"dropout{n}": 3 for n in ("", "1d", "2d", "3d")}}
+_INPLACE_AT |= {
+    "leaky_relu": 2,
+    "silu": 1,
+    "mish": 1,
+    "threshold": 3,
+    **{f"dropout{n}": 3 for n in ("", "1d", "2d", "3d")},
+}
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -496,11 +305,3 @@ def constant(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _two(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     second = args[1] if len(args) > 1 else kwargs["other"]
     return args[0], second
-
-
-def _per_channel(value: Tensor, like: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (like.dim() - 2)).expand_as(like)
-
-
-def _full(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

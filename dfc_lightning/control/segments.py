@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfc_lightning.control.operations import BatchNorm, Frame, Live, Operation, Slot, constant
+from dfc_lightning.control.batch_norm import BatchNorm, Live
+from dfc_lightning.control.operations import Frame, Operation, Slot, constant
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)

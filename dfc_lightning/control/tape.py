@@ -11,17 +11,16 @@ from torch.overrides import TorchFunctionMode
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.operations import (
-    RANDOM,
     Frame,
     Operation,
     Product,
     Same,
     Slot,
-    operation,
     slots_in,
     tensors_of,
     writes_into_argument,
 )
+from dfc_lightning.control.recognise import RANDOM, operation
 
 
 class Passage(Operation):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.graph import GraphActivity, Site, Wiring
 from dfc_lightning.control.nonlinearity import Identity
-from dfc_lightning.control.operations import Frame, MaxPool, Operation, Product, Rate, Reshape, Same, Slot, Sum, Weighted
+from dfc_lightning.control.operations import Frame, Operation, Product, Rate, Reshape, Same, Slot, Sum, Weighted
 from dfc_lightning.control.points import ControlPoint
+from dfc_lightning.control.pooling import MaxPool
 from dfc_lightning.control.segments import LAYERS, Segment
 from dfc_lightning.control.tape import Passage, Tape
+from dfc_lightning.control.wiring import GraphActivity, Site, Wiring
 
 
 class GraphWatch:
@@ -67,8 +68,9 @@ class GraphWatch:
             raise ControlError(
                 "The network has no output of the shape (B, n_L) that depends on all of its layers"
                 + (f": that of {', '.join(lost)} is lost on the way. " if lost else ". ")
-                + "Feedback control drives one such output to a target; let every controlled layer contribute to it, "
-                "in torch functions of tensors, or name a submodule with network='…'."
+                + "Feedback control drives one such output to a target; flatten or average what has further dimensions, "
+                "and let every controlled layer contribute, in torch functions of tensors, or name a submodule with "
+                "network='…'."
             )
 
     def _reached(self, output: Tensor) -> Tensor:
