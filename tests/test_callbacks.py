@@ -17,7 +17,7 @@ from lightning_cases import BATCH, BATCHES, NO_FEEDBACK, Innocent, Plain, cluste
 from torch import Tensor, nn
 
 from dfc_lightning import DFA, DFC, Backprop, ControlError, DFCDDPStrategy, DFCStrategy, MinimumNorm
-from dfc_lightning.callbacks import AlignmentMonitor
+from dfc_lightning.callbacks import AlignmentMonitor, FeedbackMonitor, SettlingMonitor
 from dfc_lightning.metrics import update_angle
 from dfc_lightning.settling import Euler, Linearized
 
@@ -214,11 +214,14 @@ def test_two_processes_log_what_one_does_on_the_joint_batch(tmp_path):
     for ranks, word in ((1, DFCStrategy(**settings)), (2, DFCDDPStrategy(**settings, start_method="spawn"))):
         logger = CSVLogger(tmp_path, name="", version=str(ranks))
         monitor = AlignmentMonitor(2, ["backprop", "gauss_newton", "minimum_norm"], tau_ratio=0.2)
-        trainer = quiet(word, logger=logger, devices=ranks, precision="64-true", callbacks=[monitor], max_epochs=4)
+        monitors = [monitor, SettlingMonitor(2), FeedbackMonitor(2)]
+        trainer = quiet(word, logger=logger, devices=ranks, precision="64-true", callbacks=monitors, max_epochs=4)
         trainer.fit(Portable(), loader(clusters(2 * BATCH, dtype=torch.float64), 2 * BATCH // ranks))
         with open(tmp_path / str(ranks) / "metrics.csv") as file:
             rows = [row for row in csv.DictReader(file) if row.get("alignment/condition_1")]
-        logs.append({int(r["step"]): {k: float(v) for k, v in r.items() if v and k[:5] == "align"} for r in rows})
+        seen = ("align", "settl", "feedb")
+        logs.append({int(r["step"]): {k: float(v) for k, v in r.items() if v and k[:5] in seen} for r in rows})
+        assert {"settling/residual_max", "feedback_weights/norm/layer_1"} <= set(logs[-1][4])
     assert list(logs[0]) == [2, 4] and agree(*logs)
 
 
