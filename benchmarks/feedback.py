@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 from problems import Problem, Recipe, add_sizes
+from reference import Reference
 from torch import Tensor
 
 from dfc_lightning import FeedbackLearner
@@ -45,7 +47,7 @@ def signal(problem: Problem, recipe: Recipe, draws: int) -> dict[str, Any]:
         return torch.randn(shape, generator=generator, device=problem.x.device, dtype=problem.x.dtype)
 
     def flat(method: FeedbackMethod) -> Tensor:
-        return torch.cat([g.flatten() for g in method.gradient(chain, activity, noise)]).double()
+        return torch.cat([g.flatten() for g in method.draw(chain, activity, noise)]).double()
 
     mean = flat(recipe.expected)
     samples = torch.stack([flat(recipe.sampled) for _ in range(draws)])
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__, repeats=20)
     add_sizes(parser)
     parser.add_argument("--draws", default=100, type=int, help="sampled gradients to compare with the expected one")
+    parser.add_argument("--reference", type=Path, help="a checkout of the authors' implementation, timed without Adam")
     options = harness.parse(parser, argv)
     recipe, where = Recipe.load("mnist/dfc_ss", options), (options.batch, options.dtype, options.device)
     plain = recipe.problem(*where)
@@ -75,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     calls: dict[str, Callable[[], Any]] = {"backprop": lambda: plain.update(None)}
     for name, method in methods(recipe).items():
         calls[name] = feedback_update(recipe.problem(*where, recipe.feedback_init), recipe, method)
+    if options.reference is not None:
+        theirs = Reference(options.reference, recipe, recipe.problem(*where, recipe.feedback_init))
+        calls["Sampled, authors' code"] = theirs.feedback_update
     times = harness.interleave(calls, options.repeats, options.device)
     costs: dict[str, Any] = {
         name: {

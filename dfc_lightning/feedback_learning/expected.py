@@ -1,139 +1,214 @@
 """The expectation of feedback learning over its noise, in closed form: no draws, and none of their variance.
 
-The noise is small, so the dynamics are linear in it. In the coordinates y_i = J_i δv_i, r_L = y_L, the simulated
-step of :class:`Sampled` reads, with w the control as the apical compartments have filtered it,
+In the terms of :mod:`.loop`, a pulse in J_k n_k makes the control σ̃_k H_k with H_k = Z_k R, R = (I + Σ_i K_i G_i)⁻¹,
+n_L × n_L at every lag. As all Z_k are further filters E_k of the last layer's, Z_k = E_k Z_L, one response H = Z_L R
+serves all layers. It is that without the loop, z I with z the taps of Z_L, and a small smooth rest. A rest that is made
+up of the functions K_i … K_j z lies, to rounding, in the span of few functions of time, V: H = z I + Σ_r V_r X_r, the
+X_r n_L × n_L for each sample, found in a few turns of the loop,
 
-    w[t+1] = (1 − β) w[t] + β u[t],   y_i[t+1] = (1 − a) y_i[t] + a (J_i Q_i w[t+1] + y_{i−1}[t+1] + J_i n_i[t+1]).
+    X ← −Σ_i (Vᵀ K_i z) G_i − Σ_i (Vᵀ K_i V) X G_i,
 
-The noise of layer k reaches the output through scalar filters only, the same for all its units: with H[p] the
-response of u, p steps on, to a unit pulse on the output (n_L × n_L, one recursion a sample), and f_k the scalar
-response of the output to a pulse in J_k n_k, the response of u to the noise of layer k is f_k ∗ H.
+and sums over time become sums over r. :class:`Plan` holds their scalar weights, :class:`Expected` does the products.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
+from dfc_lightning.control.graph import Graph
+from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, jacobians_and_gains, outputs
+from dfc_lightning.feedback_learning.loop import Phase, filters, largest_gain, merged, step_through, turns
 from dfc_lightning.feedback_learning.sampled import Noise, Sampled
 
-CLOSED_FORM_UP_TO = 20
-"""Widest output for which the n_L × n_L responses of each sample are formed; wider ones are sampled."""
+EVERY_SAMPLE_UP_TO = 20
+"""Widest output for which a feedback learning step takes every sample of the batch, to rounding."""
+
+CLOSED_FORM_UP_TO = 256
+"""Widest output for which n_L × n_L responses are formed."""
 
 
 @dataclass(frozen=True)
 class Expected(Sampled):
     """The mean over the noise of what :class:`Sampled` computes, to first order in the noise variance.
 
-    With P_k = J_k J_kᵀ, σ̃ = σ √dt / τ_A and U_k = f_k ∗ H, the gradient of Q_i is the batch mean of Q_i A + J_iᵀ C_i,
+    With P_k = J_k J_kᵀ, over T steps, the gradient of Q_i is the batch mean of Q_i A + J_iᵀ C_i,
 
-        A = Σ_k σ̃_k² Σ_j (T − j) (g ∗ U_k)[j] P_k U_k[j+1]ᵀ,   C_i = σ̃_i² Σ_{j≥1} (T − j) (1 − β)^{j−1} U_i[j+1]ᵀ,
+        A = Σ_k σ̃_k² Σ_j (T − j) (β S N S H_k)[j] P_k H_k[j]ᵀ,   C_i = σ̃_i² Σ_j (T − j) (S N)[j] H_i[j]ᵀ,
 
-    over T steps, g the apical filter. Same arguments as :class:`Sampled`; ``instant_transmission`` is needed. Outputs
-    wider than ``CLOSED_FORM_UP_TO`` are sampled instead: there the n_L × n_L factors would cost more than they save.
+    j the lag; see :mod:`.expected`. Same arguments as :class:`Sampled`.
+
+    The cost of a sample grows with the width of the output, about as its square. Beyond ``EVERY_SAMPLE_UP_TO`` outputs
+    a learning step therefore takes fewer of the samples, every second, third and so on, so that it keeps its cost, and
+    relative errors of 1e-4. That mean over part of a batch is unbiased, and closer to that over all of it than a
+    sampled gradient is even where it is down to one sample. Beyond ``CLOSED_FORM_UP_TO`` outputs one sample costs more
+    than to simulate all, and that is done. Outputs without noise of their own count as wide as the layer before them.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.instant_transmission or self.instant_system,
-            "instant_transmission",
-            self.instant_transmission,
-            "the closed form is for instant transmission; use Sampled(...) for delayed transmission",
-        )
+    def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        """The expected gradient for each Q_i, (n_i, n_L); ``noise`` is drawn from for the widest outputs only."""
+        return self.gradient(chain, activity, noise)
 
-    def gradient(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
-        """The expected gradient for each Q_i, (n_i, n_L); ``noise`` is drawn from for wide outputs only."""
-        if chain.widths[-1] > CLOSED_FORM_UP_TO:
-            return super().gradient(chain, activity, noise)
-        jacobians = chain.jacobians(activity.slopes)
-        loop = torch.stack([j @ q for j, q in zip(jacobians, chain.feedback)], dim=1)  # J_i Q_i, (B, L, n_L, n_L)
-        responses = self._control_responses(loop)  # H, (T + 1, B, n_L, n_L)
-        last = self.sigma if self.sigma_output is None else self.sigma_output
-        variances = [(s * self.dt**0.5 / self.apical_tau) ** 2 for s in [self.sigma] * (chain.depth - 1) + [last]]
-        flat = responses.flatten(1)
-        batch, n = responses.shape[1:3]
-        accuracy = 1e-14 if flat.dtype == torch.float64 else 1e-6
+    def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        """The expected gradient for each Q_i, (n_i, n_L); ``noise`` is drawn from for the widest outputs only."""
+        return self._in_range(self._closed_form, chain, activity, noise)
 
-        def over_time(weights: Tensor) -> Tensor:
-            """Sums of H weighted over time, R blocks side by side for each row: (B, n, R, n)."""
-            return (weights.to(flat) @ flat).view(-1, batch, n, n).permute(1, 2, 0, 3)
+    def every_nth_sample(self, chain: Layers | Graph) -> int:
+        """As in :class:`FeedbackMethod`: 1 for up to ``EVERY_SAMPLE_UP_TO`` outputs."""
+        width = chain.widths[-2] if self._reduces(chain) else outputs(chain)
+        return math.ceil((width / EVERY_SAMPLE_UP_TO) ** 2) if width <= CLOSED_FORM_UP_TO else 1
 
-        both = torch.zeros_like(responses[0])
-        crosses = []
-        for k, (jacobian, variance) in enumerate(zip(jacobians, variances), start=1):
-            left, right, single = _time_weights(self, chain.depth - k + 1, accuracy)
-            spread = over_time(left).reshape(batch, -1, n) @ (variance * jacobian @ jacobian.mT)
-            both += spread.view(batch, n, -1) @ over_time(right).reshape(batch, n, -1).mT
-            crosses.append(variance * over_time(single).squeeze(2).mT)
-        scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
-        mean = both.sum(0)
+    def _closed_form(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        if outputs(chain) > CLOSED_FORM_UP_TO:
+            return self._drawn(chain, activity, noise)
+        return self._mean(chain, activity)
+
+    def _mean(self, chain: Layers, activity: AnyActivity) -> list[Tensor]:
+        jacobians, gains = jacobians_and_gains(chain, activity)
+        spreads = torch.stack([j @ j.mT for j in jacobians], dim=1)  # P_k
+        batch, _, n, _ = gains.shape
+        phase, accuracy = self.phase(chain.depth), 1e-14 if gains.dtype == torch.float64 else 1e-6
+        if n > EVERY_SAMPLE_UP_TO:
+            accuracy = 1e-4
+        variances = tuple(sigma**2 for sigma in self._relative_sigmas(chain.depth))
+        p = _plan(phase, variances, largest_gain(gains), accuracy, gains.dtype, gains.device)
+
+        def combine(weights: Tensor, terms: Tensor) -> Tensor:
+            """Σ_r weights_sr terms_r of each sample, (B, S, n, n)."""
+            return (weights @ terms.flatten(2)).view(batch, -1, n, n)
+
+        if p.turns is None:
+            alone = p.alone[:, None, None, None] * torch.eye(n, dtype=gains.dtype, device=gains.device)
+            rest = (step_through(phase, gains, alone.expand(-1, batch, -1, -1)) - alone).transpose(0, 1).contiguous()
+        else:
+            rest = first = combine(p.first, gains).view(batch, -1, n)
+            for turn, weights in p.turns:
+                turned = combine(turn, rest.view(batch, -1, n, n)).view(batch, len(weights), -1, n).unbind(1)
+                rest = first
+                for each, gain in zip(turned, combine(weights, gains).unbind(1)):
+                    rest = torch.baddbmm(rest, each, gain)
+            rest = rest.view(batch, -1, n, n)
+
+        both = (p.constant[:, None, None] * spreads.sum(0)).sum(0)
+        both += torch.einsum("bkij,bkjl->il", combine(p.left, rest), spreads)
+        both += torch.einsum("bkij,bkjl->li", combine(p.right, rest), spreads)
+        halves = combine(p.square_left, rest) @ combine(p.square, spreads)
+        both += torch.einsum("bmij,bmlj->il", halves, combine(p.square_right, rest))
+        crosses = combine(p.cross, rest)
+        crosses.diagonal(dim1=2, dim2=3).add_(p.cross_constant[:, None])
+        scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
         return [
-            scale * (q @ mean + jacobian.flatten(0, 1).T @ cross.flatten(0, 1))
-            for q, jacobian, cross in zip(chain.feedback, jacobians, crosses)
+            scale * (q @ both + (cross.transpose(0, 1).reshape(n, -1) @ jacobian.flatten(0, 1)).T)
+            for q, jacobian, cross in zip(chain.feedback, jacobians, crosses.unbind(1))
         ]
 
-    def _control_responses(self, loop: Tensor) -> Tensor:
-        """H[p], p = 0 … T: the control p steps after a unit pulse on the output, (T + 1, B, n_L, n_L)."""
-        batch, depth, n, _ = loop.shape
-        pi, step = self.controller, self.time_step
-        apical = step.dt / self.apical_tau
-        somatic = 1.0 if step.instant_system else step.dt / step.tau_ratio
-        stacked = loop.reshape(batch, depth * n, n)
-        responses = loop.new_zeros(self.steps + 1, batch, n, n)
-        pulse = torch.eye(n, dtype=loop.dtype, device=loop.device).expand(batch, n, n)
-        integral = u = heard = torch.zeros_like(responses[0])
-        layers = [torch.zeros_like(u) for _ in range(depth)]
-        error = -pulse
-        for p in range(1, self.steps + 1):
-            before = u
-            leak = integral if pi.leak == "integral" else u
-            integral = integral + step.dt * (error - pi.alpha * leak)
-            u = torch.add(integral, error, alpha=pi.k_p, out=responses[p])
-            heard = torch.lerp(heard, before, apical)
-            driven = (stacked @ heard).view(batch, depth, n, n).unbind(1)
-            arriving = driven[0]
-            for i in range(depth):
-                layers[i] = torch.lerp(layers[i], arriving, somatic)
-                arriving = layers[i] + driven[i + 1] if i + 1 < depth else layers[i]
-            error = -layers[-1]
-        return responses
+
+@dataclass(frozen=True)
+class Plan:
+    """The scalar weights of the sums that make up A and C_i, for R functions of time and L layers."""
+
+    turns: list[tuple[Tensor, Tensor]] | None
+    """Of each turn, −Vᵀ K'_q V of merged filters K', (Q R, R), and the weights of the gains that go with them, (Q, L).
+
+    None where X is had by stepping through time, with a unit pulse at each lag for V.
+    """
+    alone: Tensor
+    """z, (T,)."""
+    first: Tensor
+    """−Vᵀ K_i z, (R, L)."""
+    constant: Tensor
+    """Of P_k in A, (L,)."""
+    left: Tensor
+    """Of X_r P_k, (L, R)."""
+    right: Tensor
+    """Of P_k X_rᵀ, (L, R)."""
+    square_left: Tensor
+    """With the next two, of the products Σ_l (Σ_r … X_r) (Σ_k … P_k) (Σ_s … X_s)ᵀ, (M, R)."""
+    square: Tensor
+    """(M, L)."""
+    square_right: Tensor
+    """(M, R)."""
+    cross_constant: Tensor
+    """Of I in C_i, (L,)."""
+    cross: Tensor
+    """Of X_rᵀ in C_i, (L, R)."""
 
 
 @lru_cache(maxsize=64)
-def _time_weights(method: Expected, filters: int, accuracy: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The scalar weights of the sums over time, as applied to H, for noise ``filters`` somata from the output.
+def _plan(
+    phase: Phase,
+    variances: tuple[float, ...],
+    gain: float,
+    accuracy: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """The weights for gains of at most ``gain``."""
+    found, steps = filters(phase), phase.steps
+    alone = found.to_control[-1][:, 0]
+    loop = torch.stack(found.loop)
+    count = turns(phase, gain, accuracy)
+    tolerance = accuracy * float(alone.norm())
+    stages: list[tuple[Tensor, Tensor]] | None = None
+    if count is None:
+        basis, sizes = torch.eye(steps, dtype=torch.float64), alone.new_ones(steps)
+    else:
+        basis, sizes = _span(loop * gain, alone, count, tolerance)
+        projected = basis.T @ loop @ basis
+        shrinks = gain * float(torch.linalg.matrix_norm(projected[-1], 2))
+        stages = []
+        for later in reversed(range(count - 1)):  # an error of this turn shrinks in the later ones
+            kernels, weights = merged(projected * sizes * gain, tolerance / min(1.0, shrinks) ** later)
+            stages.append((-(kernels / (sizes * gain)).flatten(0, 1).to(device, dtype), weights.to(device, dtype)))
+    counts = (steps - torch.arange(steps, dtype=torch.float64)).unsqueeze(1)
+    # E_k z and E_k V side by side: the functions of time that H_k is made of.
+    own = torch.stack(found.further) @ torch.cat([alone.unsqueeze(1), basis], dim=1)
+    variance = torch.tensor(variances, dtype=torch.float64)
+    pairs = variance[:, None, None] * ((found.heard @ own).mT @ (counts * own))
+    crosses = variance[:, None] * (found.held[:, 0] @ (counts * own))
+    squares = pairs[:, 1:, 1:] * sizes[:, None] * sizes
+    bound = accuracy * float(squares.abs().max() if count is None else pairs[:, 0, 0].abs().max())
+    lefts, middles, rights = _factors(squares, bound)
+    rows = (
+        alone,
+        -(basis.T @ (loop @ alone).T),
+        pairs[:, 0, 0],
+        pairs[:, 1:, 0],
+        pairs[:, 0, 1:],
+        lefts / sizes,
+        middles,
+        rights / sizes,
+        crosses[:, 0],
+        crosses[:, 1:],
+    )
+    return Plan(stages, *(row.to(device, dtype).contiguous() for row in rows))
 
-    The double sum's (T + 1) × (T + 1) weights come as ``left``ᵀ ``right`` with the R rows that ``accuracy`` needs.
 
-    Returns:
-        ``left`` and ``right``, (R, T + 1), and the weights of the single sum, (1, T + 1), in float64.
-    """
-    steps, step = method.steps, method.time_step
-    apical = step.dt / method.apical_tau
-    somatic = 1.0 if step.instant_system else step.dt / step.tau_ratio
-    lags = torch.arange(steps + 1, dtype=torch.float64)
-    remembered = torch.where(lags >= 1, (1 - apical) ** (lags - 1).clamp_min(0), torch.zeros_like(lags))
-    soma = _convolution(somatic * (1 - somatic) ** lags if somatic < 1 else (lags == 0).double())
-    pulse = remembered
-    for _ in range(filters):
-        pulse = soma @ pulse
-    to_control = _convolution(pulse)  # f_k ∗
-    to_heard = _convolution(apical * remembered) @ to_control  # g ∗ f_k ∗
-    count = steps - lags[:-1]
-    u, s, vh = torch.linalg.svd(to_heard[:-1].T @ (count.unsqueeze(1) * to_control[1:]))
-    rank = int((s > accuracy * s[0]).sum())
-    single = (count * remembered[:-1]) @ to_control[1:]
-    return (u[:, :rank] * s[:rank]).T.contiguous(), vh[:rank].contiguous(), single.unsqueeze(0)
+def _span(turn: Tensor, start: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of K_i … K_j z for up to ``count`` filters, (T, R), and the size of each coordinate."""
+    words, found = start.unsqueeze(1), [start.new_zeros(len(start), 1)]
+    for _ in range(count):
+        words = torch.cat(list(turn @ words), dim=1)
+        u, s, _ = torch.linalg.svd(words, full_matrices=False)
+        words = (u * s)[:, s > 0.1 * tolerance]
+        found.append(words)
+    u, s, _ = torch.linalg.svd(torch.cat(found, dim=1), full_matrices=False)
+    rank = max(1, int((s > tolerance).sum()))
+    return u[:, :rank], s[:rank].clamp_min(1e-300)
 
 
-def _convolution(taps: Tensor) -> Tensor:
-    """The lower triangular Toeplitz matrix that convolves with ``taps``."""
-    n = len(taps)
-    lag = torch.arange(n).unsqueeze(1) - torch.arange(n)
-    return torch.where(lag >= 0, taps[lag.clamp_min(0)], taps.new_zeros(()))
+def _factors(squares: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_k squares_k ⊗ P_k, (L, R, R), as few products of three sums: their weights, (M, R), (M, L) and (M, R)."""
+    slices, weights = merged(squares, tolerance)
+    lefts, middles, rights = [], [], []
+    for each, weight in zip(slices, weights):
+        u, s, vh = torch.linalg.svd(each)
+        rank = int((s > tolerance).sum())
+        lefts.append((u[:, :rank] * s[:rank]).T)
+        middles.append(weight.expand(rank, -1))
+        rights.append(vh[:rank])
+    return torch.cat(lefts), torch.cat(middles), torch.cat(rights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity
+from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
+from dfc_lightning.control.graph import Graph, GraphActivity
 from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.expected import Expected
 from dfc_lightning.feedback_learning.sampled import FeedbackMethod
@@ -95,7 +97,7 @@ class FeedbackLearner:
         self._optimizer: torch.optim.Adam | None = None
         self._initial = False
 
-    def step(self, activity: Activity, initial: bool = False) -> dict[str, Tensor]:
+    def step(self, activity: Activity | GraphActivity, initial: bool = False) -> dict[str, Tensor]:
         """One feedback learning step on a feedforward pass.
 
         Args:
@@ -106,14 +108,7 @@ class FeedbackLearner:
             ``norm``, the norm of all feedback weights, and ``grad_norm``, that of their gradient, both scalars.
         """
         chain = self.network.chain()
-        generator = torch.Generator(activity.x.device).manual_seed(_mixed(self.seed, self.steps))
-
-        def noise(shape: tuple[int, int]) -> Tensor:
-            joint = (shape[0] * self.ranks.world_size, *shape[1:])
-            draws = torch.randn(joint, generator=generator, device=activity.x.device, dtype=activity.output.dtype)
-            return draws[self.ranks.rank :: self.ranks.world_size]
-
-        gradients = self.learning.method.gradient(chain, activity, noise)
+        gradients = self._gradients(chain, activity)
         if self.ranks.world_size > 1:
             gradients = list(self.ranks.mean(torch.cat(gradients)).split(chain.widths))
         learned = self._learned()
@@ -150,6 +145,34 @@ class FeedbackLearner:
                     raise ValueError(
                         "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
                     )
+
+    def _gradients(self, chain: Chain | Graph, activity: Activity | GraphActivity) -> list[Tensor]:
+        """This process's gradients, whose mean over the processes is that of the joint batch."""
+        ranks, output = self.ranks, activity.output
+        generator = torch.Generator(output.device).manual_seed(_mixed(self.seed, self.steps))
+
+        def noise(shape: tuple[int, int]) -> Tensor:
+            joint = (shape[0] * ranks.world_size, *shape[1:])
+            draws = torch.randn(joint, generator=generator, device=output.device, dtype=output.dtype)
+            return draws[ranks.rank :: ranks.world_size]
+
+        def draw() -> list[Tensor]:
+            if isinstance(chain, Graph):
+                assert isinstance(activity, GraphActivity)
+                layers = chain.layered(activity)
+                return layers.apart(method.draw(layers, activity, noise))
+            return method.draw(chain, activity, noise)
+
+        method, share = self.learning.method, 1.0
+        every = method.every_nth_sample(chain)
+        if every > 1:
+            number = torch.arange(len(output), device=output.device) * ranks.world_size + ranks.rank
+            taken = (number % every == 0).nonzero().squeeze(1)
+            if len(taken) == 0:
+                return [torch.zeros_like(q) for q in chain.feedback]
+            activity = activity.samples(taken)
+            share = len(taken) * ranks.world_size / math.ceil(len(output) * ranks.world_size / every)
+        return [gradient * share for gradient in draw()]
 
     def _learned(self) -> list[torch.nn.Parameter]:
         return self.network.feedback if self.learning.train_output else self.network.feedback[:-1]

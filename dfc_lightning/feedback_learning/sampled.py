@@ -12,17 +12,27 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.graph import Graph
+from dfc_lightning.feedback_learning.drawn import drawn
+from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, outputs
+from dfc_lightning.feedback_learning.loop import Phase
 from dfc_lightning.settling.dynamics import Dynamics, TimeStep, stacked_noise
 
 Noise = Callable[[tuple[int, int]], Tensor]
-"""A source of standard normal draws of the shape (B, Σ n_i) it is asked for."""
+"""A source of standard normal draws of the shape (B, …) it is asked for."""
+
+Gradient = Callable[[Layers, AnyActivity, Noise], list[Tensor]]
+"""Takes what :meth:`FeedbackMethod.gradient` does."""
+
+DRAWN_UP_TO = 28
+"""Widest output for which :meth:`Sampled.draw` need not simulate: each sample's J_i are formed there."""
 
 
 class FeedbackMethod(ABC):
     """How the gradient of the feedback weights is had."""
 
     @abstractmethod
-    def gradient(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
+    def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
         """The gradient for each Q_i, (n_i, n_L), to be descended.
 
         Args:
@@ -30,6 +40,14 @@ class FeedbackMethod(ABC):
             activity: its feedforward activity.
             noise: source of standard normal draws.
         """
+
+    def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        """What a feedback learning step descends: a gradient of the same law as :meth:`gradient`, however drawn."""
+        return self.gradient(chain, activity, noise)
+
+    def every_nth_sample(self, chain: Layers | Graph) -> int:
+        """Which part of the samples a feedback learning step need take for :meth:`draw`: 1 for all of them."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,10 @@ class Sampled(FeedbackMethod):
         """The controller of this phase."""
         return PIController(self.alpha, self.k_p, self.leak)  # type: ignore[arg-type]
 
-    def gradient(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
+    def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
         """The gradient for each Q_i, (n_i, n_L), to be descended: mean over batch and time of v_i^fb uᵀ / σ².
+
+        The nonlinear network is simulated, unit by unit; a graph is not, see :meth:`draw`.
 
         Args:
             chain: the controlled chain.
@@ -102,22 +122,62 @@ class Sampled(FeedbackMethod):
             noise: source of standard normal draws, one call a step. Without noise in an output that is wider than the
                 layer before it, the output's draws are fewer: only what that layer can move is simulated.
         """
-        if self.sigma_output == 0 and chain.reducible:
-            small, same, basis = chain.reduced(activity)
-            *hidden, output = self._simulate(small, same, noise)
-            return [*(g @ basis.T for g in hidden), basis @ output @ basis.T]
-        return self._simulate(chain, activity, noise)
+        return self._in_range(self._simulated, chain, activity, noise)
 
-    def _simulate(self, chain: Chain, activity: Activity, noise: Noise) -> list[Tensor]:
+    def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        """A gradient with the law of :meth:`gradient` to first order in σ, without simulating the units.
+
+        See :mod:`.drawn`. A chain of more than ``DRAWN_UP_TO`` outputs is simulated: that costs less there.
+
+        Args:
+            chain: the controlled chain, or the layers of a graph.
+            activity: its feedforward activity.
+            noise: source of standard normal draws of the shapes it asks for.
+        """
+        return self._in_range(self._drawn, chain, activity, noise)
+
+    def _in_range(self, method: Gradient, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        """The gradient by ``method``, in the range of W_L where the output stays in it."""
+        if not self._reduces(chain):
+            return method(chain, activity, noise)
+        assert isinstance(chain, Chain) and isinstance(activity, Activity)
+        small, same, basis = chain.reduced(activity)
+        *hidden, output = method(small, same, noise)
+        return [*(g @ basis.T for g in hidden), basis @ output @ basis.T]
+
+    def _reduces(self, chain: Layers | Graph) -> bool:
+        return self.sigma_output == 0 and chain.reducible
+
+    def _drawn(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        if isinstance(chain, Chain) and outputs(chain) > DRAWN_UP_TO:
+            return self._simulated(chain, activity, noise)
+        totals = drawn(self.phase(chain.depth), chain, activity, self._relative_sigmas(chain.depth), noise)
+        scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
+        return [(total * scale).T for total in totals]
+
+    def _simulated(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+        if not isinstance(chain, Chain) or not isinstance(activity, Activity):
+            return self._drawn(chain, activity, noise)
         dynamics = Dynamics(chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step)
-        last = self.sigma if self.sigma_output is None else self.sigma_output
-        sigmas = [self.sigma] * (chain.depth - 1) + [last]
-        kick = stacked_noise(sigmas, chain.widths, activity.output) * (self.dt**0.5 / self.apical_tau)
+        kick = stacked_noise(self._relative_sigmas(chain.depth), chain.widths, activity.output)
+        kick *= self.sigma * self.dt**0.5 / self.apical_tau
         total = torch.zeros_like(chain.stacked_feedback)
         shape = (activity.batch_size, sum(chain.widths))
         for _ in range(self.steps):
             dynamics.advance_control()
             total.addmm_(dynamics.stacked_apical.T, dynamics.u)
             dynamics.advance_compartments(noise(shape).mul_(kick))
-        scale = 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
-        return list((total * scale).split(chain.widths))
+        return list((total * self._scale(activity)).split(chain.widths))
+
+    def phase(self, depth: int) -> Phase:
+        """The linearised phase of a network of that depth."""
+        return Phase(self.steps, self.time_step, self.controller, depth)
+
+    def _relative_sigmas(self, depth: int) -> list[float]:
+        """Standard deviation of each layer's noise in units of σ."""
+        last = 1.0 if self.sigma_output is None else self.sigma_output / self.sigma
+        return [1.0] * (depth - 1) + [last]
+
+    def _scale(self, activity: AnyActivity) -> float:
+        """What makes a gradient of Σ_b Σ_t v_i^fb uᵀ."""
+        return 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
