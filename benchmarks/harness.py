@@ -151,7 +151,7 @@ def figure(name: str, options: argparse.Namespace, rows: int, columns: int, draw
         return
     canvas = FigureCanvasAgg(Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained"))
     draw(canvas.figure.subplots(rows, columns))
-    canvas.figure.savefig(options.out / f"{name}.png", dpi=150)
+    canvas.figure.savefig(options.out / f"{name}.png", dpi=100)
 
 
 def bars(axes: Any, values: Mapping[str, float], label: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from dfc_lightning import (
@@ -25,6 +24,7 @@ from dfc_lightning import (
     Sampled,
 )
 from dfc_lightning.control.feedback import FeedbackInit
+from dfc_lightning.experiments.composition import compose
 from dfc_lightning.models import MLP
 from dfc_lightning.settling import SteadyState
 
@@ -100,7 +100,7 @@ class Recipe:
     def load(cls, name: str, options: argparse.Namespace) -> Recipe:
         """Settings of ``recipes/<name>.yaml``, its layers of 784 and 256 units as wide as the options say."""
         widths = {784: options.inputs, 256: options.hidden}
-        tree = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        tree = compose(RECIPES / f"{name}.yaml")
         strategy, model = tree["trainer"]["strategy"]["init_args"], tree["model"]["init_args"]
         rule, net = strategy["rule"]["init_args"], model["network"]["init_args"]
         feedback = dict(strategy["feedback"])

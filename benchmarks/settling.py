@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import harness
+import reference
 from problems import Problem, Recipe, add_sizes
 
 from dfc_lightning import DFA, Backprop, LearningRule, MinimumNorm, settling
@@ -72,6 +74,16 @@ def rows(options: argparse.Namespace) -> list[Row]:
     ]
 
 
+def theirs(options: argparse.Namespace) -> dict[str, reference.Reference]:
+    """The same updates of the fresh network by the authors' implementation, if a checkout of it is named."""
+    if options.reference is None:
+        return {}
+    recipe = Recipe.load("mnist/dfc_ss", options)
+    problem = recipe.problem(options.batch, options.dtype, options.device)
+    found = reference.updates(options.reference, recipe, problem)
+    return {f"{name}, authors' code": each for name, each in found.items() if options.euler_steps or name == "DFC-SSA"}
+
+
 def quality(row: Row) -> dict[str, Any]:
     """How exact a row's update is: worst residual, iterations, float32 against float64."""
     settled = row.problem.update(row.rule)
@@ -97,25 +109,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__, repeats=30)
     add_options(parser)
     parser.add_argument("--slow-repeats", default=3, type=int, help="rounds that the simulated update takes part in")
+    parser.add_argument("--reference", type=Path, help="a checkout of the authors' implementation to put beside ours")
     options = harness.parse(parser, argv)
-    measured = rows(options)
+    measured, others = rows(options), theirs(options)
     qualities = {row.name: quality(row) for row in measured}
     calls = {row.name: (lambda row=row: row.problem.update(row.rule)) for row in measured}
-    rounds = {row.name: min(options.slow_repeats, options.repeats) for row in measured if row.slow}
+    calls |= {name: other.update for name, other in others.items()}
+    slow = [row.name for row in measured if row.slow] + [name for name in others if not name.startswith("DFC-SSA")]
+    rounds = dict.fromkeys(slow, min(options.slow_repeats, options.repeats))
     times = harness.interleave(calls, options.repeats, options.device, rounds)
+    baselines = {row.name: row.baseline for row in measured}
     results = {
-        row.name: {
-            "ms": harness.milliseconds(times, row.name),
-            "ratio": harness.ratio(times, row.name, row.baseline),
-            **qualities[row.name],
-            "seconds": times[row.name],
+        name: {
+            "ms": harness.milliseconds(times, name),
+            "ratio": harness.ratio(times, name, baselines.get(name, "backprop")),
+            **qualities.get(name, {}),
+            "seconds": times[name],
         }
-        for row in measured
+        for name in calls
     }
     columns = ("ms", "ratio", "residual", "iterations", "float32_error")
     text = harness.table(
         ("update", "ms", "× backprop", "worst residual", "iterations", "float32 error"),
-        [(name, *(result[c] for c in columns)) for name, result in results.items()],
+        [(name, *(result.get(c) for c in columns)) for name, result in results.items()],
     )
     note = f"Trained: {options.train_steps} steps (autoencoder {options.train_steps // 3}) on synthetic data, seeded."
     harness.report("settling", options, {"updates": results}, f"{text}\n\n{note}{distance_to_simulation(measured)}")

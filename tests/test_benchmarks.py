@@ -26,6 +26,7 @@ def benchmark(monkeypatch):
     [
         ("settling", ["--train-steps=3", "--euler-steps=2"], ["backprop", "DFC-SS, trained", "autoencoder: DFC-SSA"]),
         ("feedback", ["--draws=2"], ["Sampled, 47 steps", "Expected", "cosine"]),
+        ("feedback_passes", ["--train-steps=2", "--batches=2", "--passes=1"], ["Sampled", "Expected", "condition 2"]),
         (
             "scaling",
             ["--max-batch=32", "--max-width=64", "--max-depth=2", "--max-outputs=2"],
@@ -54,3 +55,8 @@ def test_peak_memory_on_the_cpu_is_that_of_the_tensors_held_at_a_time(benchmark)
 def test_the_ratio_pairs_the_rounds_that_both_methods_took_part_in(benchmark):
     ratio = benchmark("harness").ratio({"slow": [2.0, 6.0], "base": [1.0, 2.0, 100.0]}, "slow", "base")
     assert ratio == 2.5
+
+
+def test_a_folder_without_the_authors_code_is_refused(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="--reference .*: no checkout of"):
+        benchmark("reference").network_class(tmp_path)

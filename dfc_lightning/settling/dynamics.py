@@ -49,6 +49,10 @@ class TimeStep:
 class Dynamics:
     """State of a controlled chain and its two half steps, :meth:`advance_control` and :meth:`advance_compartments`.
 
+    The state is to be read after a step: ``u``, ``u_int``, ``stacked_apical``, and ``basal``, ``somatic`` and ``rates``
+    of each layer. All but the rates are overwritten by the next step; clone what is to be kept. No step looks at data
+    on the host, except for a nonlinearity that does on the CPU.
+
     Args:
         chain: the controlled chain.
         activity: its feedforward activity, where the dynamics start.
@@ -64,11 +68,12 @@ class Dynamics:
         self.controller, self.step = controller, step
         self.u = torch.zeros_like(offset)
         self.u_int = torch.zeros_like(offset)
-        self._u_heard = self.u
         self.stacked_apical = offset.new_zeros(offset.shape[0], sum(chain.widths))
         self.basal = [torch.zeros_like(v) for v in activity.v]
         self.somatic = [torch.zeros_like(v) for v in activity.v]
         self.rates = [torch.zeros_like(v) for v in activity.v]
+        self._u_before = torch.zeros_like(offset)
+        self._error = torch.empty_like(offset)
 
     @property
     def error(self) -> Tensor:
@@ -77,12 +82,12 @@ class Dynamics:
 
     def advance_control(self) -> None:
         """One step of the controller, from the present error."""
-        error, (dt, pi) = self.error, (self.step.dt, self.controller)
+        dt, pi = self.step.dt, self.controller
+        error = torch.sub(self.offset, self.rates[-1], out=self._error)
+        self._u_before.copy_(self.u)
         leak = self.u_int if pi.leak == "integral" else self.u
-        before = self.u
-        self.u_int = self.u_int + dt * (error - pi.alpha * leak)
-        self.u = self.u_int + pi.k_p * error if pi.k_p else self.u_int
-        self._u_heard = self.u if self.step.proactive else before
+        self.u_int.sub_(leak, alpha=dt * pi.alpha).add_(error, alpha=dt)
+        self.u = torch.add(self.u_int, error, alpha=pi.k_p, out=self.u) if pi.k_p else self.u_int
 
     def advance_compartments(self, noise: Tensor | None = None) -> None:
         """One step of apical, basal and somatic compartments of all layers.
@@ -90,22 +95,22 @@ class Dynamics:
         Args:
             noise: added to the apical voltages, (B, Σ n_i).
         """
-        step = self.step
-        drive = self._u_heard @ self.chain.stacked_feedback.T
-        if step.apical_tau is None:
-            self.stacked_apical = drive
-        else:
-            self.stacked_apical = torch.lerp(self.stacked_apical, drive, step.dt / step.apical_tau)
+        step, weights = self.step, self.chain.weights
+        share = 1.0 if step.apical_tau is None else step.dt / step.apical_tau
+        heard = self.u if step.proactive else self._u_before
+        self.stacked_apical.addmm_(heard, self.chain.stacked_feedback.T, beta=1 - share, alpha=share)
         if noise is not None:
-            self.stacked_apical = self.stacked_apical + noise
-        upstream = self.rates if self._instant else list(self.rates)
+            self.stacked_apical.add_(noise)
+        if not self._instant:  # before any rates change, which may be the somatic voltages themselves
+            for i in range(1, len(weights)):
+                torch.mm(self.rates[i - 1], weights[i].T, out=self.basal[i])
+        share = 1.0 if step.instant_system else step.dt / step.tau_ratio
         for i, apical in enumerate(self.stacked_apical.split(self.chain.widths, dim=1)):
+            if i and self._instant:
+                torch.mm(self.rates[i - 1], weights[i].T, out=self.basal[i])
+            self.somatic[i].lerp_(apical, share)
             if i:
-                self.basal[i] = upstream[i - 1] @ self.chain.weights[i].T
-            target = apical + self.basal[i]
-            self.somatic[i] = (
-                target if step.instant_system else torch.lerp(self.somatic[i], target, step.dt / step.tau_ratio)
-            )
+                self.somatic[i].add_(self.basal[i], alpha=share)
             self.rates[i] = self.chain.nonlinearities[i].difference(
                 self.activity.v[i], self.activity.r[i], self.somatic[i], self.activity.slopes[i]
             )
@@ -124,9 +129,25 @@ class Dynamics:
         basal = [self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)]
         return Response(basal, self.driven, list(self.rates), delayed=not self._instant)
 
-    def trail(self) -> Response:
-        """The present state, with each basal voltage as it was used in this step."""
-        return Response(list(self.basal), self.driven, list(self.rates))
+    def trail(self, driven: bool = True) -> Response:
+        """The present state, with each basal voltage as it was used in this step; ``driven`` on request."""
+        return Response(list(self.basal), self.driven if driven else [], list(self.rates))
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of what moves: control, apical and somatic voltages."""
+        return [state.clone() for state in (self.u, self.stacked_apical, *self.somatic)]
+
+    def moves(self, before: Sequence[Tensor], speed: float) -> bool:
+        """Whether anything in any sample has changed by more than ``speed`` of its norm per τ_u in the last step.
+
+        Args:
+            before: :meth:`snapshot` before that step.
+            speed: in units of 1 / τ_u.
+        """
+        share, norm = speed * self.step.dt, torch.linalg.vector_norm
+        states = zip((self.u, self.stacked_apical, *self.somatic), before)
+        still = torch.stack([norm(now - then, dim=1) <= share * norm(now, dim=1) for now, then in states])
+        return not bool(still.all())
 
 
 def stacked_noise(sigmas: Sequence[float], widths: Sequence[int], like: Tensor) -> Tensor:

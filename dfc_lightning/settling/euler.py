@@ -14,8 +14,12 @@ from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.plasticity import Plasticity, postsynaptic
 from dfc_lightning.settling.dynamics import Dynamics, TimeStep
 from dfc_lightning.settling.settled import Products, Settled, Simulation, at_rest, relative_residual
+from dfc_lightning.settling.time_sum import ProductSums
 
 Noise = Callable[[int], Tensor]
+
+LOOK_EVERY = 8
+"""Steps from one look at whether the network still moves to the next."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,14 @@ class Euler(Simulation):
 
     A sample counts as converged, as in the authors' published code, when the steady state is met to
     ``tolerance`` of the feedforward output's norm and the error has fallen to ``error_reduction`` of its first value.
+
+    With ``stop_below`` the simulation ends early, once nothing moves in any sample: control, apical and somatic
+    voltages each change by less than that share of their norm per τ_u. The time average is then completed as if the
+    steps left out had repeated the last state, so that it is over ``steps`` + 1 states all the same. What is left of
+    the way is of the order of ``stop_below`` times the slowest time constant of the loop.
+
+    On a GPU the host looks at data every eighth step for the sums of ``settle_and_integrate`` if layers are wide, every
+    eighth for ``stop_below``, and once in the end.
 
     Args:
         steps: number of steps; the published ``tmax`` counts states, so its value less one.
@@ -36,6 +48,7 @@ class Euler(Simulation):
         sigma: standard deviation of white noise in the apical compartments.
         tolerance: see above.
         error_reduction: see above.
+        stop_below: relative change per τ_u at which to stop, e.g. 1e-3; None to simulate all steps.
     """
 
     steps: int = 1000
@@ -48,10 +61,17 @@ class Euler(Simulation):
     sigma: float = 0.0
     tolerance: float = 1e-5
     error_reduction: float = 0.25
+    stop_below: float | None = None
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "simulate at least one step")
         require(self.sigma >= 0, "sigma", self.sigma, "give a standard deviation of zero or more")
+        require(
+            self.stop_below is None or self.stop_below > 0,
+            "stop_below",
+            self.stop_below,
+            "give a relative change per time above zero, e.g. 1e-3",
+        )
         self.time_step  # noqa: B018  checks the step against the time constants
 
     @property
@@ -69,8 +89,7 @@ class Euler(Simulation):
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """Settle by simulation; see :class:`Settling`."""
         seed = int(torch.randint(2**62, ())) if self.sigma else 0
-        noise = self._noise(seed, offset, torch.ones_like(offset[:, 0], dtype=torch.bool))
-        return self._run(chain, activity, offset, controller, lambda dynamics: None, noise)
+        return self._run(chain, activity, offset, controller, lambda dynamics, times: None, self._noise(seed, offset))
 
     def settle_and_integrate(
         self,
@@ -84,41 +103,42 @@ class Euler(Simulation):
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
         seed = int(torch.randint(2**62, ())) if self.sigma else 0  # a second run must hear the same noise
 
-        def integrate(keep: Tensor) -> tuple[Settled, Products]:
-            samples, target = activity.samples(keep), offset[keep]
+        def integrate(keep: Tensor | None = None) -> tuple[Settled, Products]:
+            samples, target = (activity, offset) if keep is None else (activity.samples(keep), offset[keep])
             posts = [torch.zeros_like(v) for v in samples.v]
-            moving = [torch.zeros_like(w) for w in chain.weights[1:]]
+            moving = ProductSums(samples.v[1:], samples.v[:-1])
+            driven = plasticity != "rate_difference"
 
-            def add(dynamics: Dynamics) -> None:
-                signals = postsynaptic(chain, samples, dynamics.trail(), plasticity)
+            def add(dynamics: Dynamics, times: int) -> None:
+                signals = postsynaptic(chain, samples, dynamics.trail(driven), plasticity)
                 for post, t in zip(posts, signals):
-                    post.add_(t)
-                for w, t, moved in zip(moving, signals[1:], dynamics.rates):
-                    w.addmm_(t.T, moved)
+                    post.add_(t, alpha=times)
+                moving.add(signals[1:], dynamics.rates[:-1], times)
 
             settled = self._run(chain, samples, target, controller, add, self._noise(seed, offset, keep))
             # r = r⁻ + δr: what is presynaptic but does not move is multiplied once, at the end.
             mean = 1 / (self.steps + 1)
             weights, biases = chain.outer(posts, samples.presynaptic(), mean)
-            for w, part in zip(weights[1:], moving):
+            for w, part in zip(weights[1:], moving.totals()):
                 w.add_(part, alpha=mean)
             return settled, (weights, biases)
 
-        settled, products = integrate(torch.ones_like(offset[:, 0], dtype=torch.bool))
+        settled, products = integrate()
         counted = settled.counted(drop_unconverged)
         if not counted.all():  # the sums above hold samples that must not count: once more without them
             products = integrate(counted)[1]
         return settled, products
 
-    def _noise(self, seed: int, offset: Tensor, keep: Tensor) -> Noise | None:
-        """Standard normal draws for the samples of the mask ``keep``, the same whichever these are."""
+    def _noise(self, seed: int, offset: Tensor, keep: Tensor | None = None) -> Noise | None:
+        """Standard normal draws for all samples or those of the mask ``keep``, the same whichever these are."""
         if not self.sigma:
             return None
         generator = torch.Generator(offset.device).manual_seed(seed)
 
         def draw(width: int) -> Tensor:
             shape = (offset.shape[0], width)
-            return torch.randn(shape, generator=generator, device=offset.device, dtype=offset.dtype)[keep]
+            drawn = torch.randn(shape, generator=generator, device=offset.device, dtype=offset.dtype)
+            return drawn if keep is None else drawn[keep]
 
         return draw
 
@@ -128,18 +148,25 @@ class Euler(Simulation):
         activity: Activity,
         offset: Tensor,
         controller: PIController,
-        visit: Callable[[Dynamics], None],
+        visit: Callable[[Dynamics, int], None],
         noise: Noise | None,
     ) -> Settled:
         dynamics = Dynamics(chain, activity, offset, controller, self.time_step)
         kick = self.sigma * self.dt**0.5 / (self.apical_tau or self.dt)
-        for _ in range(self.steps):
+        speed, made = self.stop_below or 0.0, 0
+        while made < self.steps:
+            made += 1
+            before = dynamics.snapshot() if speed and made % LOOK_EVERY == 0 else None
             dynamics.advance_control()
             dynamics.advance_compartments(noise(sum(chain.widths)) * kick if noise else None)
-            visit(dynamics)
+            visit(dynamics, 1)
+            if before is not None and not dynamics.moves(before, speed):
+                break
+        if made < self.steps:
+            visit(dynamics, self.steps - made)
         leakage = controller.steady_leakage
         converged = at_rest(
             activity, offset, dynamics.error, leakage * dynamics.u, self.tolerance, self.error_reduction
         )
         residual = relative_residual(offset, dynamics.rates[-1], dynamics.u, leakage)
-        return Settled(dynamics.u, dynamics.response(), residual, converged, self.steps)
+        return Settled(dynamics.u, dynamics.response(), residual, converged, made)

@@ -25,17 +25,17 @@ results on multi-threaded CPUs."""
 
 def own_inverse(chain: Chain, activity: Activity, leakage: float) -> DenseInverse:
     """(JQ + α̃ I)⁻¹ of each sample at the feedforward state. A singular matrix gives infinities, not an exception."""
-    return DenseInverse(_inverted(chain.output_gain(activity.slopes), leakage))
+    return DenseInverse(_inverted(chain.output_gain(activity), leakage))
 
 
 def mean_field_inverse(chain: Chain, activity: Activity, leakage: float) -> Inverse:
     """The same with batch-mean slopes: one matrix for all samples, almost free."""
-    slopes = [d.mean(0, keepdim=True) for d in activity.slopes]
-    if chain.widths[-1] <= DENSE_UP_TO:
-        return DenseInverse(_inverted(chain.output_gain(slopes), leakage))
-    if chain.depth > 1 and chain.widths[-2] < chain.widths[-1] and chain.plain_output:
+    if activity.output.shape[1] <= DENSE_UP_TO:
+        return DenseInverse(_inverted(chain.mean_gain(activity), leakage))
+    if chain.reducible:
+        slopes = [d.mean(0, keepdim=True) for d in activity.slopes]
         return StoredSteps(_low_rank_solve(chain, slopes, 1 + leakage))
-    gain = chain.output_gain(slopes)[0]
+    gain = chain.mean_gain(activity)[0]
     gain.diagonal().add_(leakage)
     factors, pivots, _ = torch.linalg.lu_factor_ex(gain)
     return StoredSteps(lambda y: torch.linalg.lu_solve(factors, pivots, y.T).T)

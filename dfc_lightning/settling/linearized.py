@@ -39,27 +39,27 @@ class Linearized(Settling):
     def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
         """Solve the linearised steady state; see :class:`Settling`."""
         leakage = controller.steady_leakage
-        if chain.widths[-1] <= OWN_UP_TO:
+        if offset.shape[1] <= OWN_UP_TO:
             u = own_inverse(chain, activity, leakage).step(offset)
             converged, iterations = torch.isfinite(u).all(1), 1
         else:
             u, converged, iterations = self._iterate(chain, activity, offset, leakage)
         response = chain.respond(activity, chain.apical(u))
-        residual = relative_residual(offset, response.rates[-1], u, leakage)
+        residual = relative_residual(offset, response.output, u, leakage)
         return Settled(u, response, residual, converged, iterations)
 
     def _iterate(self, chain: Chain, activity: Activity, offset: Tensor, leakage: float) -> tuple[Tensor, Tensor, int]:
         def missing(u: Tensor) -> Tensor:
-            return offset - chain.linear_response(activity.slopes, chain.apical(u)) - leakage * u
+            return offset - chain.linear_response(activity, chain.apical(u)) - leakage * u
 
         accuracy = 1e-12 if offset.dtype == torch.float64 else 1e-6
-        if chain.reducible and chain.widths[-1] > DENSE_UP_TO:
+        if offset.shape[1] > DENSE_UP_TO and chain.reducible:
             root = narrow_root(chain, activity, offset, leakage, accuracy, self.max_iterations, linear=True)
             return root.u, root.converged, root.iterations
         inverse = mean_field_inverse(chain, activity, leakage)
         root = find_root(missing, inverse.step(offset), inverse, offset, accuracy, self.max_iterations)
         u, late = root.u, ~root.converged
-        if chain.widths[-1] <= DENSE_UP_TO and late.any():
+        if offset.shape[1] <= DENSE_UP_TO and not root.converged.all():
             exact = own_inverse(chain, activity.samples(late), leakage).step(offset[late])
             u = u.index_put((late,), exact)
             return u, root.converged.index_put((late,), torch.isfinite(exact).all(1)), root.iterations

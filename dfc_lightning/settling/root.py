@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+LOOK_EVERY = 4
+"""Iterations on a GPU from one look at whether all samples have converged to the next."""
+
 
 class Root(NamedTuple):
     """The best point seen of each sample."""
@@ -15,7 +18,7 @@ class Root(NamedTuple):
     u: Tensor
     """(B, n)."""
     residual: Tensor
-    """‖F(u)‖ / ‖scale‖, (B,)."""
+    """‖F(u)‖ / ‖F(0)‖, (B,), or as measured otherwise."""
     converged: Tensor
     """residual ≤ the accuracy asked for, (B,) bool."""
     iterations: int
@@ -89,43 +92,41 @@ def find_root(
     function: Callable[[Tensor], Tensor],
     start: Tensor,
     inverse: Inverse,
-    scale: Tensor | Callable[[Tensor], Tensor],
+    at_zero: Tensor,
     accuracy: float,
     max_iterations: int,
+    measure: Callable[[Tensor], Tensor] | None = None,
 ) -> Root:
     """Solve F(u) = 0 for each sample by the "good" Broyden method.
 
     A sample that has converged or gone astray stops moving; the best point seen is returned. The last point at which
-    ``function`` is called is the one returned, unless some sample is taken back to an earlier one.
+    ``function`` is called is the one returned, unless some sample is taken back to an earlier one. On a GPU the host
+    looks at the residuals at every fourth iteration only.
 
     Args:
         function: F, mapping (B, n) to (B, n).
         start: first guess, (B, n).
         inverse: approximate inverse of −F'.
-        scale: residuals are measured against the norm of this, (B, n); or a function that measures them, mapping
-            (B, n) to (B,).
+        at_zero: F(0), (B, n). A sample whose first guess is worse begins at zero.
         accuracy: relative residual to reach.
         max_iterations: evaluations of F after the first.
+        measure: residuals of values of F, mapping (B, n) to (B,); None for ‖F(u)‖ / ‖F(0)‖.
     """
-    if isinstance(scale, Tensor):
-        size = torch.linalg.vector_norm(scale, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
-    if not (sound := torch.isfinite(start).all(1, keepdim=True)).all():
-        start = torch.where(sound, start, torch.zeros_like(start))
-
-    def measure(value: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(value, dim=1) / size if isinstance(scale, Tensor) else scale(value)
-
-    u, value = start, function(start)
-    residual = measure(value)
-    if not (residual <= 1).all():  # the guess is worse than none
-        u = torch.where((residual <= 1).unsqueeze(1), u, torch.zeros_like(u))
-        value = function(u)
-        residual = measure(value)
+    size = torch.linalg.vector_norm(at_zero, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
+    measure = measure or (lambda value: torch.linalg.vector_norm(value, dim=1) / size)
+    start = torch.where(torch.isfinite(start).all(1, keepdim=True), start, 0.0)
+    # Waiting for a GPU costs more than a few iterations in vain, which leave a sample that has arrived where it is.
+    look_every = 1 if start.device.type == "cpu" else LOOK_EVERY
+    value = function(start)
+    residual, none = measure(value), measure(at_zero)
+    sound = (residual <= none).unsqueeze(1)
+    u, value = torch.where(sound, start, 0.0), torch.where(sound, value, at_zero)
+    residual = torch.where(sound.squeeze(1), residual, none)
     best_u, best_residual = u, torch.where(torch.isfinite(residual), residual, torch.inf)
     iterations = 0
     while iterations < max_iterations:
         active = (best_residual > accuracy) & (residual < 10 * best_residual)
-        if not active.any():
+        if (iterations + 1) % look_every == 0 and not active.any():
             break
         iterations += 1
         step = torch.where(active.unsqueeze(1), inverse.step(value), 0.0)
