@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.points import ControlPoint
 
 LossReduction = Literal["mean", "sum"]
@@ -31,7 +31,7 @@ class Gradients(Protocol):
 class Rule(Protocol):
     """What the gate asks of a learning rule."""
 
-    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Any:
+    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Any:
         """:class:`Gradients` for the per-sample output gradients ``loss_grad``, (B, n_L)."""
 
 
@@ -46,8 +46,8 @@ class Lesson:
     def __init__(self, rule: Rule, loss_reduction: LossReduction = "mean") -> None:
         require(loss_reduction in ("mean", "sum"), "loss_reduction", loss_reduction, 'choose "mean" or "sum"')
         self.rule, self.loss_reduction = rule, loss_reduction
-        self.activity: Activity | None = None
-        self.chain: Chain | None = None
+        self.activity: ForwardPass | None = None
+        self.chain: Evaluator | None = None
         self.settled: Any = None  # the settled network, where the rule has one
         self._taught = False
         self._points: Sequence[ControlPoint] = ()
@@ -73,7 +73,7 @@ class Lesson:
         """Whether a backward pass has reached the network's output."""
         return self._taught
 
-    def open(self, activity: Activity, chain: Chain, points: Sequence[ControlPoint], output: Tensor) -> Tensor:
+    def open(self, activity: ForwardPass, chain: Evaluator, points: Sequence[ControlPoint], output: Tensor) -> Tensor:
         """Put the gate on the network's output, (B, n_L).
 
         Args:
@@ -115,7 +115,7 @@ class Lesson:
         return gradients
 
 
-def _versions(activity: Activity, chain: Chain) -> list[int]:
+def _versions(activity: ForwardPass, chain: Evaluator) -> list[int]:
     """How often what the update is made of has been modified in place; autograd would guard it likewise."""
     return [t._version for t in chain.made_of(activity)]
 

@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Group and layer normalisation, concatenation, a product of branches, two heads summed, a conv of one dimension."""
+    """Group and layer normalisation, concatenation, a product of branches, two heads summed, maps of one dimension."""
 
     def __init__(self) -> None:
         super().__init__()

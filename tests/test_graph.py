@@ -13,9 +13,19 @@ from cases import close, degrees, make
 from graph_cases import NETWORKS, GraphCase, Mixed, Residual
 from torch import Tensor, nn
 
-from dfc_lightning import DFA, DFC, Backprop, ControlError, ControlledNetwork, MinimumNorm, PIController
+from dfc_lightning import (
+    DFA,
+    DFC,
+    Backprop,
+    ControlError,
+    ControlledNetwork,
+    Expected,
+    MinimumNorm,
+    PIController,
+    Sampled,
+)
 from dfc_lightning.control.graph import Graph
-from dfc_lightning.settling import Linearized, SteadyState
+from dfc_lightning.settling import Euler, Linearized, SteadyState, Trajectory
 
 TIGHT = 1e-9
 ALL = pytest.mark.parametrize("name", NETWORKS)
@@ -160,7 +170,21 @@ def test_backprop_by_the_same_way_is_autograd_s(name):
 
 
 @pytest.mark.parametrize("name", [n for n in CHAINS if n != "one_layer"])
-@pytest.mark.parametrize("rule", [DFC(), DFC(settling=Linearized()), MinimumNorm(), DFA(), Backprop()])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        DFC(),
+        DFC(settling=Linearized()),
+        DFC(settling=Euler(steps=30, dt=0.05), controller=PIController(0.1, 1.0), integrate=True),
+        DFC(settling=Euler(steps=30, dt=0.05, apical_tau=0.3, instant_transmission=False, proactive=False)),
+        DFC(settling=Euler(steps=30, dt=0.05, instant_transmission=False), integrate=True),
+        DFC(settling=Euler(steps=9, dt=0.05, instant_system=True), integrate=True, plasticity="voltage_difference"),
+        MinimumNorm(),
+        DFA(),
+        Backprop(),
+    ],
+    ids=lambda rule: type(getattr(rule, "settling", rule)).__name__,
+)
 def test_a_chain_as_a_graph_learns_the_same(name, rule):
     case = make(name, "random")
     sizes, hidden, _ = CHAINS[name]
@@ -183,6 +207,25 @@ def test_a_chain_as_a_graph_learns_the_same(name, rule):
         loss.backward()
         updates.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     assert close(updates[1], updates[0], 1e-10)
+
+
+@ALL
+@pytest.mark.parametrize("instant", [True, False])
+def test_simulated_long_enough_it_comes_to_the_steady_state(name, instant):
+    case = GraphCase(name, feedback_init="jacobian")
+    euler = Euler(steps=3000, dt=0.05, tau_ratio=0.1, instant_transmission=instant, stop_below=1e-9)
+    (slow, simulated), (solved, lesson) = (
+        taught(case, DFC(settling=method, target_stepsize=0.05)) for method in (euler, SteadyState(rtol=1e-11))
+    )
+    assert simulated.settled.iterations < 3000
+    assert close(simulated.settled.control, lesson.settled.control, 1e-6)
+    for key, value in solved.items():
+        assert (slow[key] - value).norm() <= 1e-5 * value.norm() + 1e-9
+
+
+def test_the_closed_form_of_time_is_for_chains():
+    with pytest.raises(ControlError, match=r"Trajectory.*Euler"):
+        taught(GraphCase("plain"), DFC(settling=Trajectory(), integrate=True))
 
 
 @ALL
@@ -352,6 +395,44 @@ def test_feedback_comes_back_before_and_after_the_first_pass():
     net.load_state_dict(wrong)
     with pytest.raises(ControlError, match=r"'c1' has the shape"):
         net.observe(source.x)
+
+
+@pytest.mark.parametrize("method", [Expected(steps=9), Sampled(steps=9)], ids=["expected", "sampled"])
+@pytest.mark.parametrize("how", ["draw", "gradient"])
+def test_feedback_learning_of_a_chain_as_a_graph_is_the_same(method, how):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)).double()
+    x, found, saved = torch.randn(5, 6, dtype=torch.float64), [], None
+    for general in (False, True):
+        net = ControlledNetwork(module, general=general, feedback_init="normal", seed=0)
+        activity = net.observe(x)
+        if saved is not None:
+            net.load_state_dict(saved)
+        saved, chain, noise = net.state_dict(), net.chain(), torch.Generator().manual_seed(1)
+
+        def draw(shape: tuple[int, int], noise: torch.Generator = noise) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, generator=noise)
+
+        layers = chain.layered(activity) if general else chain
+        gradients = getattr(method, how)(layers, activity, draw)
+        found.append(torch.cat(layers.apart(gradients) if general else gradients))
+    assert close(found[1], found[0], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", "conv head"])
+@pytest.mark.parametrize("feedback", ["dense", "channel"])
+def test_expected_feedback_learning_is_the_mean_of_the_simulated(name, feedback):
+    case = GraphCase(name, batch=2, feedback_init="normal", conv_feedback=feedback)
+    layers, phase = case.graph.layered(case.activity), dict(steps=6, dt=0.05, tau_ratio=0.1, apical_tau=0.2, sigma=1e-4)
+    expected = torch.cat(Expected(**phase).draw(layers, case.activity, torch.randn))
+    torch.manual_seed(0)
+    draws = [
+        torch.cat(Sampled(**phase).gradient(layers, case.activity, lambda s: torch.randn(s, dtype=torch.float64)))
+        for _ in range(300)
+    ]
+    mean, spread = torch.stack(draws).mean(0), torch.stack(draws).std(0).norm() / 300**0.5
+    assert spread < 0.7 * expected.norm()
+    assert (mean - expected).norm() < 1.3 * spread  # of some hundred entries, the mean misses by about one spread
 
 
 def test_large_maps_get_feedback_by_channel():

@@ -139,7 +139,7 @@ def test_the_integrated_update_is_that_of_a_plain_simulation(setting: str, plast
     expected = plainly_integrated(case, method, controller, offset, plasticity)
     mine = case.to(dtype)
     common = (mine.chain, mine.activity, offset.to(dtype), controller, plasticity, False)
-    found = method.settle_and_integrate(*common)[1][0]
+    found = [taught[0] for taught in method.settle_and_integrate(*common)[1]]
     assert all(w.dtype == dtype for w in found)
     for ours, theirs in zip(found, expected):
         assert close(ours.double(), theirs, 1e-10 if dtype == torch.float64 else 1e-4)

@@ -38,8 +38,8 @@ class BatchNorm(Exact):
 
     def values(self, frame: Frame) -> Sequence[Tensor]:
         x = frame[self.inputs[0]]
-        shift = -self.mean * self.scale + (0 if self.bias is None else self.bias.detach())
-        return [torch.addcmul(_per_channel(shift, x), x, _per_channel(self.scale, x))]
+        centred = (x - _per_channel(self.mean, x)) * _per_channel(self.scale, x)
+        return [centred if self.bias is None else centred + _per_channel(self.bias.detach(), x)]
 
     def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
         change = moved[self.inputs[0]]

@@ -17,6 +17,7 @@ from dfc_lightning.control.batch_norm import BatchNorm, Live
 from dfc_lightning.control.layered import Layered
 from dfc_lightning.control.nonlinearity import Identity
 from dfc_lightning.control.operations import Deviations, Frame
+from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.control.tape import Passage
 from dfc_lightning.control.wiring import GraphActivity, GraphResponse
 
@@ -190,27 +191,27 @@ class Graph:
 
     # From activity to updates
 
-    def postsynaptic(self, activity: GraphActivity, response: GraphResponse, plasticity: str) -> list[Tensor]:
-        """What the feedback changed in each point; see :func:`plasticity.postsynaptic`."""
-        if plasticity == "voltage_difference":
-            return response.driven
+    def postsynaptic(self, activity: GraphActivity, response: GraphResponse, plasticity: Plasticity) -> list[Tensor]:
+        """What the feedback changed in each point, in the shape of its voltage; see :data:`Plasticity`."""
         if plasticity == "derivative":
             return [d * a for d, a in zip(activity.slopes, response.driven)]
-        found = []
-        for site, p, driven in zip(activity.wiring.sites, activity.wiring.passages, response.driven):
-            if isinstance(site.phi, Identity):
-                found.append(driven)
-                continue
-            z, r, slope, change = activity.frame[p.target], None, None, response.moved[p.target]
-            if site.operation is not None:
-                source = site.operation.inputs[0]
-                z, r = activity.frame[source], activity.frame[site.operation.outputs[0]]
-                slope, change = site.operation.slope(activity.frame), response.moved[source]
-            assert change is not None
-            r = site.phi(z) if r is None else r
-            with_, without = (site.phi.difference(z, r, d, slope) for d in (change, change - driven))
-            signal = with_ - without
-            found.append(signal if site.pool is None else signal * site.pool.wins(activity.frame))
+        frame, found = activity.frame, []
+        for i, (site, driven) in enumerate(zip(activity.wiring.sites, response.driven)):
+            signal = driven
+            if plasticity == "rate_difference" and not isinstance(site.phi, Identity):
+                if site.operation is None:
+                    at, slope = activity.wiring.passages[i].target, None
+                    r = site.phi(frame[at])
+                else:
+                    at, slope = site.operation.inputs[0], site.operation.slope(frame)
+                    r = frame[site.operation.outputs[0]]
+                change = response.moved[at]
+                assert change is not None
+                if response.late is not None:
+                    change = change + response.late[i]
+                with_, without = (site.phi.difference(frame[at], r, d, slope) for d in (change, change - driven))
+                signal = with_ - without
+            found.append(signal if site.pool is None else signal * site.pool.wins(frame))
         return found
 
     def presynaptic(self, activity: GraphActivity, response: GraphResponse) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class Layered:
         """J of each group, one (B, n_L, n) each."""
         found = self.graph.jacobians(self.activity)
         return [torch.cat([found[i] for i in group], dim=2) for group in self.groups]
+
+    def of_points(self, grouped: Sequence[Any]) -> list[Any]:
+        """What each point's group has, point by point."""
+        found = {i: value for group, value in zip(self.groups, grouped) for i in group}
+        return [found[i] for i in range(self.graph.depth)]
+
+    def together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What is for the points, as it is for the groups."""
+        return [torch.cat([tensors[i] for i in group]) for group in self.groups]
 
     def apart(self, grouped: Sequence[Tensor]) -> list[Tensor]:
         """What is for the groups, as it is for the points."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dfc_lightning.autograd import Lesson, LossReduction, Rule
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.chain_watch import ChainWatch, FirstWatch
 from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.evaluator import Evaluator
 from dfc_lightning.control.feedback import (
     FEEDBACK_INITS,
     FeedbackInit,
@@ -29,6 +30,7 @@ from dfc_lightning.control.graph_feedback import (
     port_shapes,
 )
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
+from dfc_lightning.control.operations import constant
 from dfc_lightning.control.points import ControlPoint, find_points, scope_of
 from dfc_lightning.control.watch import GraphWatch
 from dfc_lightning.control.wiring import GraphActivity
@@ -81,6 +83,7 @@ class ControlledNetwork:
         self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
         """The mean of a tensor over processes, for feedback weights that start from activity."""
         self._seen: set[bool] = set()  # in training mode, in evaluation mode
+        self._loaded = False  # whether the feedback weights are from elsewhere, not to be set by activity
         self._shapes: list[tuple[int, ...]] = []
         drops = any(isinstance(m, _DROPOUT) and m.p > 0 for m in scope_of(module, network)[0].modules())
         self.is_graph = general or drops or not all(point.dense for point in self.points)
@@ -106,10 +109,10 @@ class ControlledNetwork:
         feedback = [q.detach() for q in self.feedback]
         if self.is_graph:
             return Graph(feedback, self._shapes, port_shapes(self.points, self._shapes, feedback))
-        layers = [p.layer for p in self.points]
+        layers = [cast(nn.Linear, p.layer) for p in self.points]
         return Chain(
-            [layer.weight.detach().to(dtype) for layer in layers],
-            [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers],
+            [constant(layer.weight, dtype) for layer in layers],
+            [None if layer.bias is None else constant(layer.bias, dtype) for layer in layers],
             [p.nonlinearity or Identity() for p in self.points],
             feedback,
         )
@@ -173,7 +176,8 @@ class ControlledNetwork:
     def jacobian(self, *args: Any, **kwargs: Any) -> Tensor:
         """J = ∂r_L/∂[v_1 … v_L] of each sample, (B, n_L, Σ n_i)."""
         activity = self.observe(*args, **kwargs)  # by which a network is known
-        return torch.cat(self.chain().jacobians(activity), dim=2)
+        chain: Evaluator = self.chain()
+        return torch.cat(chain.jacobians(activity), dim=2)
 
     @contextlib.contextmanager
     def watched(self, at_output: AtOutput) -> Iterator[None]:
@@ -217,7 +221,9 @@ class ControlledNetwork:
                 output: Tensor,
             ) -> Tensor:
                 if found is None:
-                    self.is_graph, self.feedback = True, []
+                    self.is_graph = True
+                    if not self._loaded:
+                        self.feedback = []
                     self._recognise(activity, order)
                     return at_output(activity, output)
                 self._settle_order(order, found)
@@ -296,7 +302,9 @@ class ControlledNetwork:
         self._seen.add(self.module.training)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The feedback weights by the names of their layers."""
+        """The feedback weights by the names of their layers; none before the first forward pass, which may set them."""
+        if not (self._seen or self._loaded):
+            return {}
         return {point.name: q.detach().clone() for point, q in zip(self.points, self.feedback)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -305,6 +313,8 @@ class ControlledNetwork:
         Raises:
             ControlError: they belong to another network; nothing is changed then.
         """
+        if len(state) == 0 and not self._seen:
+            return
         known = {point.name: point for point in self.points}
         # A normalisation of a graph may turn out to belong to the layer before it, once a forward pass is seen.
         optional = set() if self._seen or not self.is_graph else {p.name for p in self.points if not p.is_layer}
@@ -315,23 +325,25 @@ class ControlledNetwork:
             )
         # The order saved is the order of the network, if no forward pass has shown it yet.
         order = self.points if self._seen else [known[name] for name in state]
-        outputs = next(reversed(state.values())).shape[1] if self.is_graph else order[-1].width
+        is_graph = self.is_graph or (not self._seen and _of_no_chain(order, state))
+        outputs = next(reversed(state.values())).shape[1] if is_graph else order[-1].width
         for k, point in enumerate(order):
-            shape, needed = tuple(state[point.name].shape), (point.width, outputs)
-            if self.is_graph:  # how many units a map has is known by a forward pass only
+            shape: tuple[int, ...] = tuple(state[point.name].shape)
+            needed: tuple[int, ...] = (point.width, outputs)
+            if is_graph:  # how many units a map has is known by a forward pass only
                 needed = tuple(self.feedback[k].shape) if self._seen else (shape[0], outputs)
             if shape != needed:
                 raise ControlError(
                     f"The feedback weight to load for {point.name!r} has the shape {shape}, but the layer's units and "
                     f"the network's outputs make {needed}. Load it into the network it was saved from."
                 )
-        self.points = order
+        self.points, self.is_graph, self._loaded = order, is_graph, True
         self.feedback = [nn.Parameter(state[p.name].to(p.parameters[0].device, self.dtype)) for p in order]
         if self.feedback_init == "jacobian":
             self.feedback_init = "weight_product"  # values are given: none to be taken from activity
 
     def _initialise_feedback(self) -> None:
-        weights = [p.layer.weight.detach().to(self.dtype) for p in self.points]
+        weights = [constant(p.parameters[0], self.dtype) for p in self.points]
         if any(after.shape[1] != w.shape[0] for w, after in pairwise(weights)):
             # Registered in another order than they are called: the first forward pass brings this up again.
             values = [w.new_zeros(w.shape[0], weights[-1].shape[0]) for w in weights]
@@ -352,6 +364,13 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffers, name, buffer, value in kept:
                 buffers[name] = buffer.copy_(value)
+
+
+def _of_no_chain(order: list[ControlPoint], state: dict[str, Tensor]) -> bool:
+    """Whether feedback weights are such as dense layers have only where these are no chain."""
+    outputs, rows = {q.shape[1] for q in state.values()}, [(len(state[p.name]), p.width) for p in order]
+    chain = outputs == {order[-1].width} and all(n == width for n, width in rows)
+    return not chain and len(outputs) == 1 and all(n % width == 0 for n, width in rows)
 
 
 class _OutputReached(BaseException):

@@ -199,10 +199,11 @@ class Product(Operation):
 
     def _changes(self, frame: Frame, moved: Deviations, second_order: float) -> Sequence[Tensor | None]:
         (x, dx), (y, dy) = ((frame[a], moved[a]) if isinstance(a, Slot) else (a, None) for a in _two(self.args, {}))
+        if dy is None:
+            assert dx is not None
+            return [dx * y]
         if dx is None:
             return [x * dy]
-        if dy is None:
-            return [dx * y]
         return [dx * y + (x + second_order * dx) * dy]
 
 

@@ -44,7 +44,7 @@ class ControlPoint:
     @property
     def width(self) -> int:
         """n_i of a dense layer; of others the number of channels."""
-        return self.layer.weight.shape[0]  # type: ignore[union-attr,return-value]
+        return self.layer.weight.shape[0]  # type: ignore[union-attr,return-value,index]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

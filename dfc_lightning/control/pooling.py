@@ -77,4 +77,8 @@ class MaxPool(Operation):
         if any(self.padding) or any(after):
             x = F.pad(x, [n for pair in zip(reversed(self.padding), reversed(after)) for n in pair], value=outside)
         offsets = itertools.product(*(range(0, d * k, d) for d, k in zip(self.dilation, self.kernel)))
-        return [x[(..., *(slice(o, o + r, s) for o, r, s in zip(offset, reach, self.stride)))] for offset in offsets]
+        found = []
+        for offset in offsets:
+            each: Any = (slice(o, o + r, s) for o, r, s in zip(offset, reach, self.stride))
+            found.append(x[(..., *each)])
+        return found

@@ -46,6 +46,15 @@ class Segment:
         """The parameters that there are."""
         return [p for p in (self.weight, self.bias, self.norm_weight, self.norm_bias) if p is not None]
 
+    def shift(self, voltage: Tensor) -> Tensor | float:
+        """The constant that is last added to ``voltage``, (B, …): a bias, or a normalisation's β."""
+        bias, last = (self.bias, self.layer) if self.norm is None else (self.norm_bias, self.norm)
+        if bias is None or last is None:
+            return 0.0
+        over_channels = last.name not in ("linear", "layer_norm", "rms_norm")
+        value = constant(bias, voltage.dtype)
+        return value.view(-1, *[1] * (voltage.dim() - 2)) if over_channels else value
+
     def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
         """What each of :attr:`parameters` is taught.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.nonlinearity import Identity
@@ -40,7 +41,7 @@ class GraphWatch:
         self.tape = Tape(len(parts), self._reached)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
-        self.modes = [self.tape]
+        self.modes: list[TorchFunctionMode] = [self.tape]
         self._at_output, self._dtype = at_output, dtype
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,9 +67,9 @@ class GraphWatch:
         if self.tape.output is None:
             lost = [self.names[key] for key, bit in self.bits.items() if not self.tape.reaches_end(bit)]
             raise ControlError(
-                "The network has no output of the shape (B, n_L) that depends on all of its layers"
+                "The network has no output of the shape (B, n_L) that depends on all its layers"
                 + (f": that of {', '.join(lost)} is lost on the way. " if lost else ". ")
-                + "Feedback control drives one such output to a target; flatten or average what has further dimensions, "
+                + "Feedback control drives one such output to a target; flatten or average what has more dimensions, "
                 "and let every controlled layer contribute, in torch functions of tensors, or name a submodule with "
                 "network='…'."
             )

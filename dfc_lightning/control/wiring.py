@@ -99,13 +99,11 @@ class GraphActivity:
 
     @property
     def slopes(self) -> list[Tensor]:
-        """φ' at each point's site, in the shape of its voltage."""
+        """φ' at each point's site, in the shape of its voltage; zero for a unit that loses in max-pooling."""
         found = []
         for site, v in zip(self.wiring.sites, self.v):
-            if site.operation is not None:
-                found.append(site.operation.slope(self.frame))
-            else:
-                found.append(site.phi.slope(v, site.phi(v)))
+            slope = site.phi.slope(v, site.phi(v)) if site.operation is None else site.operation.slope(self.frame)
+            found.append(slope if site.pool is None else slope * site.pool.wins(self.frame))
         return found
 
     def presynaptic(self) -> list[Tensor]:
@@ -132,12 +130,15 @@ class GraphResponse:
         driven: the same in the shape of the voltage.
         moved: every deviation, by slot.
         wiring: what the slots are.
+        late: what has arrived at each point by now, less what has arrived when its soma last moved; None where
+            transmission is instantaneous.
     """
 
     ports: list[Tensor]
     driven: list[Tensor]
     moved: Deviations
     wiring: Wiring
+    late: list[Tensor] | None = None
 
     @property
     def output(self) -> Tensor:
@@ -161,10 +162,11 @@ class GraphResponse:
             return [_where(keep, a, b) for a, b in zip(mine, others)]
 
         return GraphResponse(
-            choose(self.ports, other and other.ports),
-            choose(self.driven, other and other.driven),
-            choose(self.moved, other and other.moved),
+            choose(self.ports, None if other is None else other.ports),
+            choose(self.driven, None if other is None else other.driven),
+            choose(self.moved, None if other is None else other.moved),
             self.wiring,
+            None if self.late is None else choose(self.late, None if other is None else other.late),
         )
 
 

@@ -29,6 +29,7 @@ class FeedbackLearning:
         initial_passes: passes over the training data before the first epoch.
         passes_per_epoch: passes over the training data at the start of every epoch.
         every_n_batches: a feedback step on the same batch after every n-th training step; 0 for none.
+        every_nth_sample: learn from every n-th sample of a batch only; the gradient varies little over samples.
         initial_lr: learning rate in the initial passes; None for ``lr``.
         lr: learning rate after them.
         betas: Adam's decay rates.
@@ -42,6 +43,7 @@ class FeedbackLearning:
     initial_passes: int = 1
     passes_per_epoch: int = 1
     every_n_batches: int = 0
+    every_nth_sample: int = 1
     initial_lr: float | None = None
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -53,6 +55,7 @@ class FeedbackLearning:
     def __post_init__(self) -> None:
         for name in ("initial_passes", "passes_per_epoch", "every_n_batches"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give zero or more")
+        require(self.every_nth_sample >= 1, "every_nth_sample", self.every_nth_sample, "take every sample, 1, or fewer")
         require(self.lr > 0, "lr", self.lr, "give a learning rate above zero")
         require(
             self.initial_lr is None or self.initial_lr > 0,
@@ -164,7 +167,7 @@ class FeedbackLearner:
             return method.draw(chain, activity, noise)
 
         method, share = self.learning.method, 1.0
-        every = method.every_nth_sample(chain)
+        every = max(self.learning.every_nth_sample, method.every_nth_sample(chain))
         if every > 1:
             number = torch.arange(len(output), device=output.device) * ranks.world_size + ranks.rank
             taken = (number % every == 0).nonzero().squeeze(1)

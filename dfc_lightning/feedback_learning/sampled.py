@@ -13,10 +13,13 @@ from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.graph import Graph
+from dfc_lightning.control.layered import Layered
+from dfc_lightning.control.wiring import GraphActivity
 from dfc_lightning.feedback_learning.drawn import drawn
 from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, outputs
 from dfc_lightning.feedback_learning.loop import Phase
-from dfc_lightning.settling.dynamics import Dynamics, TimeStep, stacked_noise
+from dfc_lightning.settling.dynamics import ControlledDynamics, Dynamics, TimeStep, stacked_noise
+from dfc_lightning.settling.graph_dynamics import GraphDynamics
 
 Noise = Callable[[tuple[int, int]], Tensor]
 """A source of standard normal draws of the shape (B, …) it is asked for."""
@@ -114,7 +117,7 @@ class Sampled(FeedbackMethod):
     def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
         """The gradient for each Q_i, (n_i, n_L), to be descended: mean over batch and time of v_i^fb uᵀ / σ².
 
-        The nonlinear network is simulated, unit by unit; a graph is not, see :meth:`draw`.
+        The nonlinear network is simulated, unit by unit.
 
         Args:
             chain: the controlled chain.
@@ -127,7 +130,7 @@ class Sampled(FeedbackMethod):
     def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
         """A gradient with the law of :meth:`gradient` to first order in σ, without simulating the units.
 
-        See :mod:`.drawn`. A chain of more than ``DRAWN_UP_TO`` outputs is simulated: that costs less there.
+        See :mod:`.drawn`. A network of more than ``DRAWN_UP_TO`` outputs is simulated: that costs less there.
 
         Args:
             chain: the controlled chain, or the layers of a graph.
@@ -149,25 +152,32 @@ class Sampled(FeedbackMethod):
         return self.sigma_output == 0 and chain.reducible
 
     def _drawn(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        if isinstance(chain, Chain) and outputs(chain) > DRAWN_UP_TO:
+        if outputs(chain) > DRAWN_UP_TO:
             return self._simulated(chain, activity, noise)
         totals = drawn(self.phase(chain.depth), chain, activity, self._relative_sigmas(chain.depth), noise)
         scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
         return [(total * scale).T for total in totals]
 
     def _simulated(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        if not isinstance(chain, Chain) or not isinstance(activity, Activity):
-            return self._drawn(chain, activity, noise)
-        dynamics = Dynamics(chain, activity, torch.zeros_like(activity.output), self.controller, self.time_step)
-        kick = stacked_noise(self._relative_sigmas(chain.depth), chain.widths, activity.output)
-        kick *= self.sigma * self.dt**0.5 / self.apical_tau
-        total = torch.zeros_like(chain.stacked_feedback)
-        shape = (activity.batch_size, sum(chain.widths))
+        still, sigmas = torch.zeros_like(activity.output), self._relative_sigmas(chain.depth)
+        dynamics: ControlledDynamics
+        if isinstance(chain, Layered):
+            assert isinstance(activity, GraphActivity)
+            dynamics = GraphDynamics(chain.graph, activity, still, self.controller, self.time_step)
+            sigmas, widths = chain.of_points(sigmas), chain.graph.widths
+        else:
+            assert isinstance(activity, Activity)
+            dynamics = Dynamics(chain, activity, still, self.controller, self.time_step)
+            widths = chain.widths
+        kick = stacked_noise(sigmas, widths, activity.output) * (self.sigma * self.dt**0.5 / self.apical_tau)
+        total = activity.output.new_zeros(sum(widths), outputs(chain))
+        shape = (activity.batch_size, sum(widths))
         for _ in range(self.steps):
             dynamics.advance_control()
             total.addmm_(dynamics.stacked_apical.T, dynamics.u)
             dynamics.advance_compartments(noise(shape).mul_(kick))
-        return list((total * self._scale(activity)).split(chain.widths))
+        found = list((total * self._scale(activity)).split(widths))
+        return chain.together(found) if isinstance(chain, Layered) else found
 
     def phase(self, depth: int) -> Phase:
         """The linearised phase of a network of that depth."""

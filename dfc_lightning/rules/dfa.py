@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.feedback import FeedbackInit
 from dfc_lightning.rules.rule import LearningRule, Update
 
@@ -18,7 +18,7 @@ class DFA(LearningRule):
 
     feedback_init: ClassVar[FeedbackInit] = "xavier_normal"
 
-    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         slopes = activity.slopes
         signals = [d * error for d, error in zip(slopes, chain.spread(chain.apical(loss_grad)))]

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
 from dfc_lightning.control.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.control.target import ClampedTarget, NudgedTarget
 from dfc_lightning.rules.rule import LearningRule, Update
@@ -61,17 +61,17 @@ class DFC(LearningRule):
         """The output target."""
         return ClampedTarget() if self.clamped else NudgedTarget(self.target_stepsize)
 
-    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         offset = self.target.offset(loss_grad)
         scale = -1 / (self.target.stepsize * activity.batch_size)
         drop = self.unconverged == "drop"
         if self.integrate:
             assert isinstance(self.settling, Simulation)
-            settled, (weights, biases) = self.settling.settle_and_integrate(
+            settled, taught = self.settling.settle_and_integrate(
                 chain, activity, offset, self.controller, self.plasticity, drop
             )
-            return Update([[w * scale, b * scale] for w, b in zip(weights, biases)], settled)
+            return Update([[t * scale for t in each] for each in taught], settled)
         settled = self.settling.settle(chain, activity, offset, self.controller)
         counted = settled.counted(drop)
         response = settled.response if counted.all() else settled.response.where(counted)
@@ -79,7 +79,7 @@ class DFC(LearningRule):
 
 
 def steady_update(
-    chain: Chain, activity: Activity, response: Response, plasticity: Plasticity, scale: float
+    chain: Evaluator, activity: ForwardPass, response: Deviation, plasticity: Plasticity, scale: float
 ) -> list[list[Tensor]]:
     """``scale`` times the parameters' changes by Eq. (5) in one state of the controlled network."""
     signals = chain.postsynaptic(activity, response, plasticity)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.control.target import NudgedTarget
 from dfc_lightning.rules.dfc import steady_update
@@ -38,7 +38,7 @@ class MinimumNorm(LearningRule):
         require(self.damping >= 0, "damping", self.damping, "give a damping of zero or more")
         NudgedTarget(self.target_stepsize)  # checks it
 
-    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         offset = NudgedTarget(self.target_stepsize).offset(loss_grad)
         driven = minimum_norm_voltages(chain, activity, offset, self.damping)
@@ -50,7 +50,7 @@ class MinimumNorm(LearningRule):
         return Update(chain.update(activity, signals, activity.presynaptic(), scale))
 
 
-def minimum_norm_voltages(chain: Chain, activity: Activity, offset: Tensor, damping: float) -> list[Tensor]:
+def minimum_norm_voltages(chain: Evaluator, activity: ForwardPass, offset: Tensor, damping: float) -> list[Tensor]:
     """J_iᵀ(JJᵀ + γI)⁻¹ δ_L of each layer, one (B, n_i) each, J = [J_1 … J_L]."""
     jacobians = chain.jacobians(activity)
     gram = sum((j @ j.mT for j in jacobians[1:]), start=jacobians[0] @ jacobians[0].mT)

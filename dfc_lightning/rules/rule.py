@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.feedback import FeedbackInit
 from dfc_lightning.settling.settled import Settled
 
@@ -49,7 +49,7 @@ class LearningRule(ABC):
     """The initial feedback weights the rule is meant to have."""
 
     @abstractmethod
-    def teach(self, chain: Chain, activity: Activity, loss_grad: Tensor) -> Update:
+    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch.
 
         Args:

@@ -7,6 +7,7 @@ of the authors' published code, so that equal settings give equal trajectories.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
 
 
 @dataclass(frozen=True)
@@ -46,34 +48,51 @@ class TimeStep:
         require(self.apical_tau is None or self.dt <= self.apical_tau, "apical_tau", self.apical_tau, remedy)
 
 
-class Dynamics:
-    """State of a controlled chain and its two half steps, :meth:`advance_control` and :meth:`advance_compartments`.
+class ControlledDynamics(ABC):
+    """The controller, and the state of a network of any kind in time.
 
     The state is to be read after a step: ``u``, ``u_int``, ``stacked_apical``, and ``basal``, ``somatic`` and ``rates``
     of each layer. All but the rates are overwritten by the next step; clone what is to be kept. No step looks at data
     on the host, except for a nonlinearity that does on the CPU.
 
     Args:
-        chain: the controlled chain.
+        network: the controlled network.
         activity: its feedforward activity, where the dynamics start.
         offset: target minus feedforward output, δ_L, (B, n_L).
         controller: the controller.
         step: the discretisation.
     """
 
+    rates: list[Tensor]
+
     def __init__(
-        self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, step: TimeStep
+        self, network: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController, step: TimeStep
     ) -> None:
-        self.chain, self.activity, self.offset = chain, activity, offset
-        self.controller, self.step = controller, step
+        self.offset, self.controller, self.step = offset, controller, step
         self.u = torch.zeros_like(offset)
         self.u_int = torch.zeros_like(offset)
-        self.stacked_apical = offset.new_zeros(offset.shape[0], sum(chain.widths))
+        self.stacked_apical = offset.new_zeros(offset.shape[0], sum(network.widths))
         self.basal = [torch.zeros_like(v) for v in activity.v]
         self.somatic = [torch.zeros_like(v) for v in activity.v]
-        self.rates = [torch.zeros_like(v) for v in activity.v]
+        self._feedback = network.stacked_feedback
         self._u_before = torch.zeros_like(offset)
         self._error = torch.empty_like(offset)
+
+    @abstractmethod
+    def advance_compartments(self, noise: Tensor | None = None) -> None:
+        """One step of apical, basal and somatic compartments of all layers.
+
+        Args:
+            noise: added to the apical voltages, (B, Σ n_i).
+        """
+
+    @abstractmethod
+    def response(self) -> Deviation:
+        """The present state, with each basal voltage that of the present rates upstream."""
+
+    @abstractmethod
+    def trail(self, driven: bool = True) -> Deviation:
+        """The present state, with each basal voltage as it was used in this step; ``driven`` on request."""
 
     @property
     def error(self) -> Tensor:
@@ -89,6 +108,50 @@ class Dynamics:
         self.u_int.sub_(leak, alpha=dt * pi.alpha).add_(error, alpha=dt)
         self.u = torch.add(self.u_int, error, alpha=pi.k_p, out=self.u) if pi.k_p else self.u_int
 
+    @property
+    def driven(self) -> list[Tensor]:
+        """δv_i − δv_i^ff of each layer."""
+        return [s - b for s, b in zip(self.somatic, self.basal)]
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of what moves: control, apical and somatic voltages."""
+        return [state.clone() for state in (self.u, self.stacked_apical, *self.somatic)]
+
+    def moves(self, before: Sequence[Tensor], speed: float) -> bool:
+        """Whether anything in any sample has changed by more than ``speed`` of its norm per τ_u in the last step.
+
+        Args:
+            before: :meth:`snapshot` before that step.
+            speed: in units of 1 / τ_u.
+        """
+        share, norm = speed * self.step.dt, torch.linalg.vector_norm
+        states = zip((self.u, self.stacked_apical, *(s.flatten(1) for s in self.somatic)), before)
+        still = torch.stack([norm(now - then.flatten(1), dim=1) <= share * norm(now, dim=1) for now, then in states])
+        return not bool(still.all())
+
+    def _advance_apical(self, noise: Tensor | None) -> None:
+        step = self.step
+        share = 1.0 if step.apical_tau is None else step.dt / step.apical_tau
+        heard = self.u if step.proactive else self._u_before
+        self.stacked_apical.addmm_(heard, self._feedback.T, beta=1 - share, alpha=share)
+        if noise is not None:
+            self.stacked_apical.add_(noise)
+
+    @property
+    def _instant(self) -> bool:
+        return self.step.instant_transmission or self.step.instant_system
+
+
+class Dynamics(ControlledDynamics):
+    """The state of a chain and its two half steps, :meth:`advance_control` and :meth:`advance_compartments`."""
+
+    def __init__(
+        self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, step: TimeStep
+    ) -> None:
+        super().__init__(chain, activity, offset, controller, step)
+        self.chain, self.activity = chain, activity
+        self.rates = [torch.zeros_like(v) for v in activity.v]
+
     def advance_compartments(self, noise: Tensor | None = None) -> None:
         """One step of apical, basal and somatic compartments of all layers.
 
@@ -96,11 +159,7 @@ class Dynamics:
             noise: added to the apical voltages, (B, Σ n_i).
         """
         step, weights = self.step, self.chain.weights
-        share = 1.0 if step.apical_tau is None else step.dt / step.apical_tau
-        heard = self.u if step.proactive else self._u_before
-        self.stacked_apical.addmm_(heard, self.chain.stacked_feedback.T, beta=1 - share, alpha=share)
-        if noise is not None:
-            self.stacked_apical.add_(noise)
+        self._advance_apical(noise)
         if not self._instant:  # before any rates change, which may be the somatic voltages themselves
             for i in range(1, len(weights)):
                 torch.mm(self.rates[i - 1], weights[i].T, out=self.basal[i])
@@ -115,15 +174,6 @@ class Dynamics:
                 self.activity.v[i], self.activity.r[i], self.somatic[i], self.activity.slopes[i]
             )
 
-    @property
-    def _instant(self) -> bool:
-        return self.step.instant_transmission or self.step.instant_system
-
-    @property
-    def driven(self) -> list[Tensor]:
-        """δv_i − δv_i^ff of each layer."""
-        return [s - b for s, b in zip(self.somatic, self.basal)]
-
     def response(self) -> Response:
         """The present state, with each basal voltage that of the present rates upstream."""
         basal = [self.rates[i - 1] @ w.T if i else self.basal[0] for i, w in enumerate(self.chain.weights)]
@@ -132,22 +182,6 @@ class Dynamics:
     def trail(self, driven: bool = True) -> Response:
         """The present state, with each basal voltage as it was used in this step; ``driven`` on request."""
         return Response(list(self.basal), self.driven if driven else [], list(self.rates))
-
-    def snapshot(self) -> list[Tensor]:
-        """A copy of what moves: control, apical and somatic voltages."""
-        return [state.clone() for state in (self.u, self.stacked_apical, *self.somatic)]
-
-    def moves(self, before: Sequence[Tensor], speed: float) -> bool:
-        """Whether anything in any sample has changed by more than ``speed`` of its norm per τ_u in the last step.
-
-        Args:
-            before: :meth:`snapshot` before that step.
-            speed: in units of 1 / τ_u.
-        """
-        share, norm = speed * self.step.dt, torch.linalg.vector_norm
-        states = zip((self.u, self.stacked_apical, *self.somatic), before)
-        still = torch.stack([norm(now - then, dim=1) <= share * norm(now, dim=1) for now, then in states])
-        return not bool(still.all())
 
 
 def stacked_noise(sigmas: Sequence[float], widths: Sequence[int], like: Tensor) -> Tensor:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.plasticity import Plasticity, postsynaptic
-from dfc_lightning.settling.dynamics import Dynamics, TimeStep
-from dfc_lightning.settling.settled import Products, Settled, Simulation, at_rest, relative_residual
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
+from dfc_lightning.control.graph import Graph
+from dfc_lightning.control.plasticity import Plasticity
+from dfc_lightning.control.wiring import GraphActivity
+from dfc_lightning.settling.dynamics import ControlledDynamics, Dynamics, TimeStep
+from dfc_lightning.settling.graph_dynamics import GraphDynamics
+from dfc_lightning.settling.settled import Settled, Simulation, Taught, at_rest, relative_residual
 from dfc_lightning.settling.time_sum import ProductSums
 
 Noise = Callable[[int], Tensor]
@@ -86,48 +90,38 @@ class Euler(Simulation):
             self.proactive,
         )
 
-    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Settle by simulation; see :class:`Settling`."""
         seed = int(torch.randint(2**62, ())) if self.sigma else 0
         return self._run(chain, activity, offset, controller, lambda dynamics, times: None, self._noise(seed, offset))
 
     def settle_and_integrate(
         self,
-        chain: Chain,
-        activity: Activity,
+        chain: Evaluator,
+        activity: ForwardPass,
         offset: Tensor,
         controller: PIController,
         plasticity: Plasticity,
         drop_unconverged: bool,
-    ) -> tuple[Settled, Products]:
+    ) -> tuple[Settled, Taught]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
         seed = int(torch.randint(2**62, ())) if self.sigma else 0  # a second run must hear the same noise
 
-        def integrate(keep: Tensor | None = None) -> tuple[Settled, Products]:
+        def integrate(keep: Tensor | None = None) -> tuple[Settled, Taught]:
             samples, target = (activity, offset) if keep is None else (activity.samples(keep), offset[keep])
-            posts = [torch.zeros_like(v) for v in samples.v]
-            moving = ProductSums(samples.v[1:], samples.v[:-1])
-            driven = plasticity != "rate_difference"
+            sums: _ChainSums | _UpdateSums
+            if isinstance(chain, Chain) and isinstance(samples, Activity):
+                sums = _ChainSums(chain, samples, plasticity, 1 / (self.steps + 1))
+            else:
+                sums = _UpdateSums(chain, samples, plasticity, 1 / (self.steps + 1))
+            settled = self._run(chain, samples, target, controller, sums.add, self._noise(seed, offset, keep))
+            return settled, sums.totals()
 
-            def add(dynamics: Dynamics, times: int) -> None:
-                signals = postsynaptic(chain, samples, dynamics.trail(driven), plasticity)
-                for post, t in zip(posts, signals):
-                    post.add_(t, alpha=times)
-                moving.add(signals[1:], dynamics.rates[:-1], times)
-
-            settled = self._run(chain, samples, target, controller, add, self._noise(seed, offset, keep))
-            # r = r⁻ + δr: what is presynaptic but does not move is multiplied once, at the end.
-            mean = 1 / (self.steps + 1)
-            weights, biases = chain.outer(posts, samples.presynaptic(), mean)
-            for w, part in zip(weights[1:], moving.totals()):
-                w.add_(part, alpha=mean)
-            return settled, (weights, biases)
-
-        settled, products = integrate()
+        settled, taught = integrate()
         counted = settled.counted(drop_unconverged)
         if not counted.all():  # the sums above hold samples that must not count: once more without them
-            products = integrate(counted)[1]
-        return settled, products
+            taught = integrate(counted)[1]
+        return settled, taught
 
     def _noise(self, seed: int, offset: Tensor, keep: Tensor | None = None) -> Noise | None:
         """Standard normal draws for all samples or those of the mask ``keep``, the same whichever these are."""
@@ -144,14 +138,14 @@ class Euler(Simulation):
 
     def _run(
         self,
-        chain: Chain,
-        activity: Activity,
+        chain: Evaluator,
+        activity: ForwardPass,
         offset: Tensor,
         controller: PIController,
-        visit: Callable[[Dynamics, int], None],
+        visit: Callable[[ControlledDynamics, int], None],
         noise: Noise | None,
     ) -> Settled:
-        dynamics = Dynamics(chain, activity, offset, controller, self.time_step)
+        dynamics = _dynamics(chain, activity, offset, controller, self.time_step)
         kick = self.sigma * self.dt**0.5 / (self.apical_tau or self.dt)
         speed, made = self.stop_below or 0.0, 0
         while made < self.steps:
@@ -170,3 +164,61 @@ class Euler(Simulation):
         )
         residual = relative_residual(offset, dynamics.rates[-1], dynamics.u, leakage)
         return Settled(dynamics.u, dynamics.response(), residual, converged, made)
+
+
+def _dynamics(
+    chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController, step: TimeStep
+) -> ControlledDynamics:
+    if isinstance(chain, Chain):
+        assert isinstance(activity, Activity)
+        return Dynamics(chain, activity, offset, controller, step)
+    assert isinstance(chain, Graph) and isinstance(activity, GraphActivity)
+    return GraphDynamics(chain, activity, offset, controller, step)
+
+
+class _ChainSums:
+    """The mean update of a chain over time: what is presynaptic but does not move is multiplied once, at the end."""
+
+    def __init__(self, chain: Chain, activity: Activity, plasticity: Plasticity, mean: float) -> None:
+        self.chain, self.activity, self.plasticity, self.mean = chain, activity, plasticity, mean
+        self._posts = [torch.zeros_like(v) for v in activity.v]
+        self._moving = ProductSums(activity.v[1:], activity.v[:-1])
+
+    def add(self, dynamics: ControlledDynamics, times: int) -> None:
+        """Count the present state in, so many times."""
+        trail = dynamics.trail(driven=self.plasticity != "rate_difference")
+        assert isinstance(trail, Response)
+        signals = self.chain.postsynaptic(self.activity, trail, self.plasticity)
+        for post, t in zip(self._posts, signals):
+            post.add_(t, alpha=times)
+        self._moving.add(signals[1:], dynamics.rates[:-1], times)
+
+    def totals(self) -> Taught:
+        """The mean."""
+        taught = self.chain.update(self.activity, self._posts, self.activity.presynaptic(), self.mean)
+        for (weight, _), part in zip(taught[1:], self._moving.totals()):
+            weight.add_(part, alpha=self.mean)
+        return taught
+
+
+class _UpdateSums:
+    """The mean update of any network over time, formed in every state."""
+
+    def __init__(self, chain: Evaluator, activity: ForwardPass, plasticity: Plasticity, mean: float) -> None:
+        self.chain, self.activity, self.plasticity, self.mean = chain, activity, plasticity, mean
+        self._totals: Taught = []
+
+    def add(self, dynamics: ControlledDynamics, times: int) -> None:
+        """Count the present state in, so many times."""
+        state = dynamics.trail()
+        signals = self.chain.postsynaptic(self.activity, state, self.plasticity)
+        heard = self.chain.presynaptic(self.activity, state)
+        taught = self.chain.update(self.activity, signals, heard, self.mean * times)
+        for totals, parts in zip(self._totals, taught):
+            for total, part in zip(totals, parts):
+                total.add_(part)
+        self._totals = self._totals or taught
+
+    def totals(self) -> Taught:
+        """The mean."""
+        return self._totals

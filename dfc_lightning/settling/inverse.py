@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.settling.root import DenseInverse, Inverse, StoredSteps
 
 OWN_UP_TO = 6
@@ -23,16 +24,16 @@ Beyond it the matrices outweigh the network, and batched LU of matrices wider th
 results on multi-threaded CPUs."""
 
 
-def own_inverse(chain: Chain, activity: Activity, leakage: float) -> DenseInverse:
+def own_inverse(chain: Evaluator, activity: ForwardPass, leakage: float) -> DenseInverse:
     """(JQ + α̃ I)⁻¹ of each sample at the feedforward state. A singular matrix gives infinities, not an exception."""
     return DenseInverse(_inverted(chain.output_gain(activity), leakage))
 
 
-def mean_field_inverse(chain: Chain, activity: Activity, leakage: float) -> Inverse:
+def mean_field_inverse(chain: Evaluator, activity: ForwardPass, leakage: float) -> Inverse:
     """The same with batch-mean slopes: one matrix for all samples, almost free."""
     if activity.output.shape[1] <= DENSE_UP_TO:
         return DenseInverse(_inverted(chain.mean_gain(activity), leakage))
-    if chain.reducible:
+    if isinstance(chain, Chain) and isinstance(activity, Activity) and chain.reducible:
         slopes = [d.mean(0, keepdim=True) for d in activity.slopes]
         return StoredSteps(_low_rank_solve(chain, slopes, 1 + leakage))
     gain = chain.mean_gain(activity)[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
 from dfc_lightning.settling.narrow import narrow_root
 from dfc_lightning.settling.root import find_root
@@ -36,7 +37,7 @@ class Linearized(Settling):
     def __post_init__(self) -> None:
         require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "allow at least one iteration")
 
-    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Solve the linearised steady state; see :class:`Settling`."""
         leakage = controller.steady_leakage
         if offset.shape[1] <= OWN_UP_TO:
@@ -48,12 +49,19 @@ class Linearized(Settling):
         residual = relative_residual(offset, response.output, u, leakage)
         return Settled(u, response, residual, converged, iterations)
 
-    def _iterate(self, chain: Chain, activity: Activity, offset: Tensor, leakage: float) -> tuple[Tensor, Tensor, int]:
+    def _iterate(
+        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, leakage: float
+    ) -> tuple[Tensor, Tensor, int]:
         def missing(u: Tensor) -> Tensor:
             return offset - chain.linear_response(activity, chain.apical(u)) - leakage * u
 
         accuracy = 1e-12 if offset.dtype == torch.float64 else 1e-6
-        if offset.shape[1] > DENSE_UP_TO and chain.reducible:
+        if (
+            offset.shape[1] > DENSE_UP_TO
+            and isinstance(chain, Chain)
+            and isinstance(activity, Activity)
+            and chain.reducible
+        ):
             root = narrow_root(chain, activity, offset, leakage, accuracy, self.max_iterations, linear=True)
             return root.u, root.converged, root.iterations
         inverse = mean_field_inverse(chain, activity, leakage)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
 from dfc_lightning.control.plasticity import Plasticity
 
 DIVERGED_BEYOND = 10.0
@@ -31,7 +32,7 @@ class Settled:
     """
 
     control: Tensor
-    response: Response
+    response: Deviation
     residual: Tensor
     converged: Tensor
     iterations: int
@@ -49,19 +50,22 @@ class Settled:
         return sound & self.converged if drop_unconverged else sound
 
 
-Products = tuple[list[Tensor], list[Tensor]]
-"""Weight and bias sums of postsynaptic times presynaptic factors, one of each a layer."""
+Taught = list[list[Tensor]]
+"""For each point, what its weight, its bias and the parameters of a normalisation are taught."""
 
 
 class Settling(ABC):
     """A way to the controlled steady state."""
 
+    chains_only: ClassVar[bool] = False
+    """Whether the method is for chains of dense layers alone."""
+
     @abstractmethod
-    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
-        """Settle the controlled chain.
+    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+        """Settle the controlled network.
 
         Args:
-            chain: the controlled chain.
+            chain: the controlled network.
             activity: its feedforward activity.
             offset: target minus feedforward output, δ_L, (B, n_L).
             controller: the controller.
@@ -74,17 +78,17 @@ class Simulation(Settling):
     @abstractmethod
     def settle_and_integrate(
         self,
-        chain: Chain,
-        activity: Activity,
+        chain: Evaluator,
+        activity: ForwardPass,
         offset: Tensor,
         controller: PIController,
         plasticity: Plasticity,
         drop_unconverged: bool,
-    ) -> tuple[Settled, Products]:
+    ) -> tuple[Settled, Taught]:
         """Settle, and return also the time average of Σ_b postsynaptic · presynapticᵀ (and of its bias twin).
 
         Args:
-            chain: the controlled chain.
+            chain: the controlled network.
             activity: its feedforward activity.
             offset: target minus feedforward output, δ_L, (B, n_L).
             controller: the controller.
@@ -101,7 +105,7 @@ def relative_residual(offset: Tensor, output: Tensor, control: Tensor, leakage: 
 
 
 def at_rest(
-    activity: Activity, offset: Tensor, error: Tensor, leak: Tensor, tolerance: float, error_reduction: float
+    activity: ForwardPass, offset: Tensor, error: Tensor, leak: Tensor, tolerance: float, error_reduction: float
 ) -> Tensor:
     """Which simulated samples count as converged, (B,) bool, by the two criteria of the authors' published code.
 

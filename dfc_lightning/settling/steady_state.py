@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain, Response
+from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
+from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
 from dfc_lightning.settling.narrow import narrow_root
 from dfc_lightning.settling.root import find_root
@@ -47,17 +48,22 @@ class SteadyState(Settling):
             return self.rtol
         return 1e-11 if dtype == torch.float64 else 1e-5
 
-    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Solve the steady state; see :class:`Settling`."""
         leakage, rtol = controller.steady_leakage, self.accuracy(offset.dtype)
-        latest: list[tuple[Tensor, Response]] = []
+        latest: list[tuple[Tensor, Deviation]] = []
 
         def missing(u: Tensor) -> Tensor:
             response = chain.respond(activity, chain.apical(u))
             latest[:] = [(u, response)]
             return offset - response.output - leakage * u
 
-        if offset.shape[1] > DENSE_UP_TO and chain.reducible:
+        if (
+            offset.shape[1] > DENSE_UP_TO
+            and isinstance(chain, Chain)
+            and isinstance(activity, Activity)
+            and chain.reducible
+        ):
             root = narrow_root(chain, activity, offset, leakage, rtol, self.max_iterations)
             return self._settled(chain, activity, offset, root.u, leakage, root.iterations)
         dense, own = offset.shape[1] <= DENSE_UP_TO, offset.shape[1] <= OWN_UP_TO
@@ -74,20 +80,20 @@ class SteadyState(Settling):
 
     def _settled(
         self,
-        chain: Chain,
-        activity: Activity,
+        chain: Evaluator,
+        activity: ForwardPass,
         offset: Tensor,
         u: Tensor,
         leakage: float,
         iterations: int,
-        response: Response | None = None,
+        response: Deviation | None = None,
     ) -> Settled:
         response = response or chain.respond(activity, chain.apical(u))
         residual = relative_residual(offset, response.output, u, leakage)
         return Settled(u, response, residual, residual <= self.accuracy(offset.dtype), iterations)
 
     def _finish(
-        self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float, tried_own: bool
+        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, best: Tensor, leakage: float, tried_own: bool
     ) -> tuple[Tensor, int]:
         """What else there is for the few samples that are left: their own inverses, then continuation."""
 
@@ -108,7 +114,7 @@ class SteadyState(Settling):
         return best, iterations + more
 
     def _continue(
-        self, chain: Chain, activity: Activity, offset: Tensor, best: Tensor, leakage: float
+        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, best: Tensor, leakage: float
     ) -> tuple[Tensor, int]:
         """Pseudo-transient continuation: linearly implicit steps of du/dt = F(u) from u = 0.
 
@@ -116,7 +122,7 @@ class SteadyState(Settling):
         the linearisation foretells the outcome, and end as Newton's.
         """
 
-        def evaluate(u: Tensor) -> tuple[Tensor, Response]:
+        def evaluate(u: Tensor) -> tuple[Tensor, Deviation]:
             response = chain.respond(activity, chain.apical(u))
             return offset - response.output - leakage * u, response
 

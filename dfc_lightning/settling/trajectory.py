@@ -20,20 +20,21 @@ where m = Σ_t (u − w) is what the apical compartments have missed: nothing wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain, Response
-from dfc_lightning.control.checks import require
+from dfc_lightning.control.checks import ControlError, require
 from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.plasticity import Plasticity, postsynaptic, presynaptic
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
+from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.settling.dynamics import TimeStep
 from dfc_lightning.settling.inverse import DENSE_UP_TO, mean_field_inverse
 from dfc_lightning.settling.linearized import Linearized
 from dfc_lightning.settling.root import find_root
-from dfc_lightning.settling.settled import Products, Settled, Simulation, at_rest, relative_residual
+from dfc_lightning.settling.settled import Settled, Simulation, Taught, at_rest, relative_residual
 from dfc_lightning.settling.steady_state import SteadyState
 
 
@@ -74,6 +75,8 @@ class Trajectory(Simulation):
         error_reduction: likewise.
     """
 
+    chains_only: ClassVar[bool] = True
+
     steps: int = 1000
     dt: float = 0.02
     tau_ratio: float = 0.2
@@ -103,21 +106,23 @@ class Trajectory(Simulation):
             self.proactive,
         )
 
-    def settle(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """The last state, or the one it tends to if taken as ``settled``; see :class:`Settling`."""
+        chain, activity = _as_chain(chain, activity)
         steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
         return self._end(chain, activity, offset, controller, steady).settled
 
     def settle_and_integrate(
         self,
-        chain: Chain,
-        activity: Activity,
+        chain: Evaluator,
+        activity: ForwardPass,
         offset: Tensor,
         controller: PIController,
         plasticity: Plasticity,
         drop_unconverged: bool,
-    ) -> tuple[Settled, Products]:
+    ) -> tuple[Settled, Taught]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
+        chain, activity = _as_chain(chain, activity)
         steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
         end = self._end(chain, activity, offset, controller, steady)
         tail = [(1 - self._somatic) / self._somatic * x for x in end.somatic]
@@ -128,11 +133,11 @@ class Trajectory(Simulation):
         at_rest = steady.response.where(counted)
         signals = []
         for signal, slope, apical, late in zip(
-            postsynaptic(chain, activity, at_rest, plasticity), activity.slopes, chain.apical(area), tail
+            chain.postsynaptic(activity, at_rest, plasticity), activity.slopes, chain.apical(area), tail
         ):
             transient = apical - late if plasticity == "voltage_difference" else slope * (apical - late)
             signals.append(self.steps * signal + torch.where(counted.unsqueeze(1), transient, 0.0))
-        return settled, chain.outer(signals, presynaptic(activity, at_rest), 1 / (self.steps + 1))
+        return settled, chain.update(activity, signals, chain.presynaptic(activity, at_rest), 1 / (self.steps + 1))
 
     @property
     def _somatic(self) -> float:
@@ -161,7 +166,7 @@ class Trajectory(Simulation):
         missed = torch.zeros_like(u) if self.proactive else u
         if end.heard is not None:
             missed = missed + (1 - self._apical) / self._apical * end.heard
-        right = response.rates[-1] + chain.linear_response(activity.slopes, tail)
+        right = response.output + chain.linear_response(activity.slopes, tail)
         right = right + share * (controller.alpha * leaking - end.integral / self.dt)
         right = right - controller.steady_leakage * missed
         return self._lemma(chain, activity, controller, right)
@@ -261,3 +266,13 @@ class Trajectory(Simulation):
             moved.append(torch.lerp(s, arriving, self._somatic))
             arriving = s if self._delayed else moved[-1]
         return [integral, u, *moved, *filtered]
+
+
+def _as_chain(chain: Evaluator, activity: ForwardPass) -> tuple[Chain, Activity]:
+    if not isinstance(chain, Chain) or not isinstance(activity, Activity):
+        raise ControlError(
+            "Trajectory(...) knows the dynamics of chains of dense layers in closed form, and this network is none. "
+            "Simulate them with settling=Euler(...), or take the steady state with settling=SteadyState() and "
+            "integrate=False."
+        )
+    return chain, activity
