@@ -1,7 +1,7 @@
 """How the feedback weights are learned."""
 
 from dfc_lightning.feedback_learning.expected import Expected
-from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning
+from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning
 from dfc_lightning.feedback_learning.sampled import Sampled
 
-__all__ = ["Expected", "FeedbackLearner", "FeedbackLearning", "Sampled"]
+__all__ = ["EVERY_BATCH", "Expected", "FeedbackLearner", "FeedbackLearning", "Sampled"]

@@ -18,10 +18,11 @@ from typing_extensions import override
 
 from dfc_lightning.autograd import Lesson, LossReduction
 from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.evaluator import Evaluator
 from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.control.network import ControlledNetwork
-from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning, Ranks
+from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.settling.settled import DIVERGED_BEYOND
@@ -43,8 +44,8 @@ class ControlledTraining(Strategy):
 
     Args:
         rule: the learning rule; None for ``DFC()``.
-        feedback: when and how the feedback weights learn; None for ``FeedbackLearning()`` if the rule is one that
-            learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
+        feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
+            step after every batch, if the rule is one that learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
         network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial feedback weights; None for what the rule is meant to have.
         loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
@@ -67,7 +68,7 @@ class ControlledTraining(Strategy):
     ) -> None:
         super().__init__(**kwargs)
         self.rule: LearningRule = DFC() if rule is None else rule
-        self.learning = feedback or (FeedbackLearning() if self.rule.learns_feedback else None)
+        self.learning = feedback or (EVERY_BATCH if self.rule.learns_feedback else None)
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.conv_feedback: ConvFeedback = conv_feedback
@@ -111,8 +112,11 @@ class ControlledTraining(Strategy):
         _refuse_compiled(module)
         ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
 
-    def _take_control(self, module: pl.LightningModule) -> None:
-        seed = self.broadcast(torch.initial_seed()) if self.seed is None else self.seed
+    def _take_control(self, module: pl.LightningModule, seed: int | None = None) -> None:
+        if self.seed is not None:
+            seed = self.seed
+        elif seed is None:
+            seed = self.broadcast(torch.initial_seed())
         self.network = ControlledNetwork(module, self.network_name, self.feedback_init, seed, self.conv_feedback)
         self.network.average = self.reduce
         self._set_up_feedback(self.network)
@@ -212,7 +216,8 @@ class ControlledTraining(Strategy):
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
-                again = self.network.chain().repeat(self.lesson.activity)
+                chain: Evaluator = self.network.chain()
+                again = chain.repeat(self.lesson.activity)
                 self._log_feedback(self.learner.step(again))
 
     def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
@@ -299,16 +304,19 @@ class ControlledTraining(Strategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
+        assert self.lightning_module is not None
         if state is None:
-            assert self.lightning_module is not None
             self._take_control(self.lightning_module)
             rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
             return
-        assert self.network is not None
-        self.network.load_state_dict(state["feedback"])
-        if self.seed is None:
-            self.network.seed = state["seed"]
-        self._set_up_feedback(self.network)
+        if len(state["feedback"]) == 0:  # saved before the first forward pass, which sets them
+            self._take_control(self.lightning_module, state["seed"])
+        else:
+            assert self.network is not None
+            self.network.load_state_dict(state["feedback"])
+            if self.seed is None:
+                self.network.seed = state["seed"]
+            self._set_up_feedback(self.network)
         if self.learner is not None and state["learner"] is not None:
             self.learner.load_state_dict(state["learner"])
         if self.stages is not None and state["stages"] is not None:
