@@ -60,9 +60,9 @@ UNFIT: dict[str, tuple[Callable[[], L.LightningModule], str]] = {
     "manual optimization": (Manual, "automatic_optimization=False.*return the loss"),
     "two optimizers": (TwoOptimizers, "returned several optimizers.*one optimizer"),
     "dataloader_iter": (FetchesItsOwn, r"dataloader_iter.*\(batch, batch_idx\)"),
-    "no control point": (lambda: with_net(nn.Conv1d(1, 1, 1)), r"no trainable nn\.Linear"),
-    "batch norm": (lambda: with_net(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))), r"'net\.1\.weight'.*Freeze"),
-    "conv": (lambda: with_net(nn.Sequential(nn.Conv1d(1, 1, 1), nn.Linear(6, 3))), r"'net\.0\.weight'.*network="),
+    "no control point": (lambda: with_net(nn.LayerNorm(6)), "no trainable linear or convolutional layer"),
+    "attention": (lambda: with_net(nn.MultiheadAttention(6, 2)), r"'net\.in_proj_weight'.*network="),
+    "prelu": (lambda: with_net(nn.Sequential(nn.Linear(6, 3), nn.PReLU())), r"'net\.1\.weight'.*Freeze"),
 }
 
 
@@ -71,7 +71,7 @@ def test_refused_before_training(name):
     make, message = UNFIT[name]
     module = make()
     if isinstance(module, Innocent) and not isinstance(module, FetchesItsOwn):
-        module.at_call = module.step = pytest.fail
+        module.at_call = module.step = lambda *args: pytest.fail(f"{name} was trained")
     refused(module, message)
 
 
@@ -155,7 +155,7 @@ STEPS: dict[str, tuple[Callable[[Innocent, Any], Any], str]] = {
     "a constant": (of_a_constant, r"does not depend"),
     "not of the output": (of_another_loss, r"does not depend"),
     "detached output": (lambda m, b: F.cross_entropy(m(b[0]).detach().requires_grad_(), b[1]), r"does not depend"),
-    "three dimensions": (lambda m, b: m(b[0].unsqueeze(1)).mean(), r"'net\.0' returns the shape.*Flatten"),
+    "three dimensions": (lambda m, b: m(b[0].unsqueeze(1)).mean(), r"no output of the shape \(B, n_L\).*[Ff]latten"),
 }
 
 
@@ -185,13 +185,26 @@ def test_a_decoder_behind_the_network_learns_by_autograd():
     assert not torch.equal(module.decoder.weight, before)
 
 
+def test_what_mixes_samples_is_named():
+    net = nn.Sequential(nn.Linear(6, 12), AgainstItsMean(), nn.Linear(12, 3))
+    refused(with_net(net), r"operation mean .*each sample by itself.*freeze")
+
+
+class AgainstItsMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
 @pytest.mark.parametrize(
-    "between", [nn.Dropout(0.5), nn.Softmax(1), nn.LayerNorm(12, elementwise_affine=False)], ids=str
+    "between", [nn.Dropout(0.5), nn.Softmax(1), nn.LayerNorm(12), nn.BatchNorm1d(12), nn.MaxPool1d(2)], ids=str
 )
-def test_what_is_not_elementwise_is_named(between):
-    name = type(between).__name__.lower().replace("layernorm", "layer_norm")
-    net = nn.Sequential(nn.Linear(6, 12), between, nn.Linear(12, 3))
-    refused(with_net(net), rf"follows the layer 'net\.0'.*{name}.*Take it out")
+def test_what_is_not_elementwise_is_trained(between):
+    module = with_net(nn.Sequential(nn.Linear(6, 12), between, nn.LazyLinear(3)))
+    module.net(clusters(8)[:8][0])
+    before, s = {k: v.clone() for k, v in module.named_parameters()}, strategy()
+    quiet(s, max_epochs=1).fit(module, loader())
+    assert all(v.isfinite().all() and not torch.equal(v, before[k]) for k, v in module.named_parameters())
+    assert s.lesson.settled.converged.all() and untouched(module)
 
 
 def test_the_users_own_error_comes_through():
@@ -217,6 +230,6 @@ def test_an_except_clause_around_the_forward_pass_does_not_swallow_a_feedback_pa
 
 
 def test_validation_and_test_need_no_control():
-    module = with_net(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    module = with_net(nn.Sequential(nn.Linear(6, 3), nn.PReLU()))
     trainer = quiet(DFCStrategy())
     assert trainer.validate(module, loader(clusters(8)), verbose=False)

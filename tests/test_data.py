@@ -1,5 +1,6 @@
 import gzip
 import os
+import pickle
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dfc_lightning.data import MNIST, Digits, FashionMNIST, StudentTeacher, TensorPairs
+from dfc_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, StudentTeacher, TensorPairs
 
 IMAGES = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
 
@@ -38,13 +39,33 @@ def image_root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=["Digits", "MNIST", "FashionMNIST", "StudentTeacher"])
-def make(request, image_root):
+def write_cifar(root, size=60):
+    """Six batches of random images in the layout of CIFAR-10, the last for the test."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        images = torch.randint(0, 256, (size, 3 * 32 * 32), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, 10, (size,), generator=generator)
+        (folder / name).write_bytes(pickle.dumps({"data": images.numpy(), "labels": labels.tolist()}, protocol=2))
+
+
+@pytest.fixture(scope="module")
+def cifar_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cifar")
+    write_cifar(root)
+    return root
+
+
+@pytest.fixture(params=["Digits", "MNIST", "FashionMNIST", "CIFAR10", "StudentTeacher"])
+def make(request, image_root, cifar_root):
     """A function that makes and sets up one kind of data from a seed."""
 
     def make(seed=0):
         if request.param in IMAGES:
             data = IMAGES[request.param](root=image_root, validation_size=100, seed=seed)
+        elif request.param == "CIFAR10":
+            data = CIFAR10(root=cifar_root, validation_size=100, seed=seed)
         else:
             data = {"Digits": Digits, "StudentTeacher": small_student_teacher}[request.param](seed=seed)
         data.prepare_data()
@@ -114,6 +135,64 @@ def test_standardize_maps_pixels_as_documented(image_root):
     torch.testing.assert_close(standard.test_set.inputs, (plain.test_set.inputs - 0.1307) / 0.3081)
 
 
+def test_cifar_is_read_as_torchvision_reads_it(cifar_root, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)  # of the genuine files
+    monkeypatch.setattr(datasets.CIFAR10, "_load_meta", lambda self: None)
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    data = CIFAR10(cifar_root, batch_size=7, validation_size=0, augment=False, shuffle=False)
+    data.prepare_data()
+    data.setup()
+    for pairs, train in ((data.train_set, True), (data.test_set, False)):
+        theirs = datasets.CIFAR10(cifar_root, train)
+        order = torch.arange(len(theirs))
+        if train:
+            order = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(0))  # the split's
+        pixels = torch.tensor(theirs.data)[order].float() / 255
+        torch.testing.assert_close(pairs.inputs.permute(0, 2, 3, 1), (pixels - mean) / std)
+        assert pairs.targets.tolist() == torch.tensor(theirs.targets)[order].tolist()
+    x, y = next(iter(data.train_dataloader()))
+    assert (x.shape, x.dtype, y.shape, y.dtype) == ((7, 3, 32, 32), torch.float32, (7,), torch.int64)
+
+
+def test_augmentation_shifts_and_mirrors_training_images_alone(cifar_root):
+    data = CIFAR10(cifar_root, validation_size=100)
+    data.setup()
+    assert type(data.val_set) is type(data.test_set) is TensorPairs
+    torch.manual_seed(0)
+    plain, (found, targets) = data.train_set.inputs[:150], data.train_set.__getitems__(range(150))
+    assert torch.equal(targets, data.train_set.targets[:150])
+    padded = torch.nn.functional.pad(plain, [4] * 4)
+    where = []
+    for image, result in zip(padded, found, strict=True):
+        # Random images: each is found at one place only, and one way round.
+        (place,) = (
+            (i, j, mirrored)
+            for i in range(9)
+            for j in range(9)
+            for mirrored in (False, True)
+            if torch.equal(result.flip(2) if mirrored else result, image[:, i : i + 32, j : j + 32])
+        )
+        where.append(place)
+    assert {i for i, _, _ in where} == {j for _, j, _ in where} == set(range(9))
+    assert 50 < sum(mirrored for _, _, mirrored in where) < 100
+    assert not torch.equal(data.train_set.__getitems__(range(150))[0], found)
+    assert data.train_set[3][0].shape == (3, 32, 32)
+
+
+def test_a_damaged_or_malicious_batch_of_cifar_is_refused(tmp_path):
+    write_cifar(tmp_path, size=3)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    content = path.read_bytes()
+    for damaged in (content[:-9], pickle.dumps({"data": 1}), pickle.dumps(os.system)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="data_batch_2 is damaged"):
+            CIFAR10(tmp_path, validation_size=1).setup("fit")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"CIFAR10: data_batch_2 not found.*<root>/cifar-10-batches-py"):
+        CIFAR10(tmp_path, validation_size=1).setup("fit")
+
+
 def test_digits_are_standardised():
     data = Digits(validation_size=0, test_size=0)
     data.setup("fit")
@@ -181,7 +260,7 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
         Digits().setup("fit")
 
 
-@pytest.mark.parametrize(("kind", "size"), [(MNIST, 60_000), (Digits, 1600)])
+@pytest.mark.parametrize(("kind", "size"), [(MNIST, 60_000), (CIFAR10, 50_000), (Digits, 1600)])
 def test_impossible_validation_size_is_refused(kind, size):
     with pytest.raises(ValueError, match=f"validation_size={size} "):
         kind(validation_size=size)

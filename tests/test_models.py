@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dfc_lightning.data import Digits, TensorPairs
-from dfc_lightning.models import MLP, Autoencoder, Classifier, Regressor
+from dfc_lightning.models import MLP, Autoencoder, Classifier, LeNet, Regressor, ResNet
 
 
 def trainer(**options):
@@ -47,6 +47,60 @@ def test_mlp_starts_with_zero_biases_and_xavier_normal_weights():
 def test_mlp_refuses_what_it_cannot_build(options, message):
     with pytest.raises(ValueError, match=message):
         MLP(**options)
+
+
+CONVOLUTIONAL = {
+    "LeNet": (LeNet(), (1, 28, 28), 10, 6 * 26 + 16 * 151 + 120 * 401 + 84 * 121 + 10 * 85),
+    "LeNet, colour": (LeNet(3, 32, 100, "tanh"), (3, 32, 32), 100, 6 * 76 + 16 * 151 + 120 * 401 + 84 * 121 + 100 * 85),
+    "ResNet": (
+        ResNet(),
+        (3, 32, 32),
+        10,
+        # Convolutions with two parameters a channel from their normalisations; shortcuts; the dense layer.
+        16 * (27 + 2)
+        + 6 * 16 * (144 + 2)
+        + 32 * (144 + 2) + 5 * 32 * (288 + 2) + 32 * (16 + 2)
+        + 64 * (288 + 2) + 5 * 64 * (576 + 2) + 64 * (32 + 2)
+        + 10 * 65,
+    ),
+    "ResNet, one block": (
+        ResNet(1, 3, blocks=1, widths=(4, 4)),
+        (1, 8, 8),
+        3,
+        4 * (9 + 2) + 2 * 4 * (36 + 2) + 2 * 4 * (36 + 2) + 4 * (4 + 2) + 3 * 5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_convolutional_networks_have_their_shapes_and_numbers_of_parameters(name):
+    network, shape, classes, parameters = CONVOLUTIONAL[name]
+    assert network(torch.randn(2, *shape)).shape == (2, classes)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert Classifier(network).errors["val_error"].num_classes == classes
+
+
+def test_a_residual_block_adds_what_it_hears():
+    network = ResNet(blocks=1, widths=(4,)).eval()
+    block = network.stages[0][0]
+    nn.init.zeros_(block.norm2.weight)
+    x = torch.randn(2, 3, 8, 8)
+    heard = F.relu(network.norm(network.conv(x)))
+    torch.testing.assert_close(network(x), network.head(heard.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LeNet(size=30), "size=30.*28 or 32"),
+        (lambda: LeNet(nonlinearity="tan"), "nonlinearity='tan' .*tanh, relu"),
+        (lambda: ResNet(blocks=0), "blocks=0"),
+        (lambda: ResNet(widths=()), r"widths=\(\)"),
+    ],
+)
+def test_convolutional_networks_refuse_what_they_cannot_build(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_error_is_the_percentage_counted_by_hand():

@@ -16,6 +16,8 @@ from typing_extensions import override
 from dfc_lightning.callbacks.conditions import Conditions
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
+from dfc_lightning.control.graph import Graph
 from dfc_lightning.control.points import ControlPoint
 from dfc_lightning.metrics import gauss_newton_update, update_angle
 from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm, Update
@@ -27,7 +29,7 @@ REFERENCES = ("backprop", "gauss_newton", "minimum_norm", "ssa")
 CHEAP = ("backprop", "ssa")
 """Those of them that form no n_L × n_L matrix of each sample where outputs are wide."""
 
-Teach = Callable[[Chain, Activity, Tensor], Update]
+Teach = Callable[[Evaluator, ForwardPass, Tensor], Update]
 
 
 class AlignmentMonitor(Callback):
@@ -37,7 +39,7 @@ class AlignmentMonitor(Callback):
     ``training_step``, and nothing about the training changes. What is compared are updates as they reach the
     optimizer, before clipping: summed over accumulated batches and averaged over processes.
 
-    Logged, to all loggers of the trainer, with L the number of layers:
+    Logged, to all loggers of the trainer, with L the number of layers, or of control points:
 
     - ``alignment/<reference>/layer_1`` … ``layer_L`` and ``total``: angle in degrees to the update of a reference;
     - ``alignment/condition_1``: spread of the norms of the layers' inputs;
@@ -46,6 +48,9 @@ class AlignmentMonitor(Callback):
     - ``alignment/condition_3``: largest real part of the eigenvalues of −(JQ + α̃I), below zero where stable;
     - ``alignment/stability``: the same of the full network-and-controller matrix, if ``tau_ratio`` is given;
     - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖.
+
+    Of networks that are no chains of linear layers, the Gauss-Newton update, ``condition_1`` and ``stability`` are left
+    out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels.
 
     Args:
         every_n_steps: number of optimizer steps from one look to the next.
@@ -102,19 +107,24 @@ class AlignmentMonitor(Callback):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if (trainer.global_step + 1) % self.every_n_steps:
-            return
         strategy = trainer.strategy
         assert isinstance(strategy, ControlledTraining)
         lesson, network = strategy.lesson, strategy.network
         if lesson is None or network is None or not lesson.taught:
             return
+        general = isinstance(lesson.chain, Graph)
+        if general:
+            self._check_general()
+        if (trainer.global_step + 1) % self.every_n_steps:
+            return
         activity, grad, rule = lesson.activity, lesson.loss_grad, strategy.rule
         assert lesson.chain is not None and activity is not None
         chain = _sharing_jacobians(lesson.chain, activity)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), _private_generators(grad.device):
-            narrow = chain.widths[-1] <= DENSE_UP_TO
-            self._names = self.references if self.references is not None else REFERENCES if narrow else CHEAP
+            narrow = activity.output.shape[1] <= DENSE_UP_TO
+            possible = [name for name in REFERENCES if narrow or name in CHEAP]
+            possible = [name for name in possible if not (general and name == "gauss_newton")]
+            self._names = possible if self.references is None else self.references
             teachers: list[Teach] = [rule.teach, *(self._reference(name, rule) for name in self._names)]
             layers = [_by_layer(network.points, teach(chain, activity, grad)) for teach in teachers]
             self._sizes = [len(layer) for layer in layers[0]]
@@ -125,7 +135,7 @@ class AlignmentMonitor(Callback):
             if self.with_conditions is not False:
                 if self._conditions is None:
                     dense = narrow or self.with_conditions is True
-                    self._conditions = Conditions(rule, chain.depth, dense, self.damping, self.tau_ratio)
+                    self._conditions = Conditions(rule, chain, dense, self.damping, self.tau_ratio)
                     self._conditions.to(grad.device)
                 self._conditions.update(chain, activity, lesson.settled)
 
@@ -152,7 +162,7 @@ class AlignmentMonitor(Callback):
         if name == "backprop":
             return Backprop().teach
         if name == "gauss_newton":
-            return lambda chain, activity, grad: gauss_newton_update(chain, activity, grad, self.damping)
+            return self._gauss_newton
         if isinstance(rule, MinimumNorm):
             like = DFC(target_stepsize=rule.target_stepsize, plasticity=rule.plasticity)
         else:
@@ -161,20 +171,39 @@ class AlignmentMonitor(Callback):
             return replace(like, settling=Linearized(), integrate=False).teach
         return MinimumNorm(self.damping, like.target.stepsize, like.plasticity).teach
 
+    def _gauss_newton(self, chain: Evaluator, activity: ForwardPass, grad: Tensor) -> Update:
+        assert isinstance(chain, Chain) and isinstance(activity, Activity)
+        return gauss_newton_update(chain, activity, grad, self.damping)
+
+    def _check_general(self) -> None:
+        """Complain of what is asked for and known for chains alone."""
+        if "gauss_newton" in (self.references or ()):
+            raise ControlError(
+                f"references={self.references}: the Gauss-Newton update is known for chains of linear layers with "
+                f"elementwise functions between them, which this network is not. Choose of "
+                f"{tuple(name for name in REFERENCES if name != 'gauss_newton')}."
+            )
+        if self.tau_ratio is not None:
+            raise ControlError(
+                f"tau_ratio={self.tau_ratio}: the matrix of network and controller is known for chains of linear "
+                "layers with elementwise functions between them, which this network is not. Leave tau_ratio=None; "
+                "alignment/condition_3 tells whether a slow controller is stable."
+            )
+
 
 def _by_layer(points: Sequence[ControlPoint], update: Update) -> list[Tensor]:
     """What each layer's trainable parameters would be given, one vector a layer."""
     return [
         torch.cat([t.flatten() for p, t in zip(point.parameters, pair) if p.requires_grad])
-        for point, pair in zip(points, zip(update.weights, update.biases))
+        for point, pair in zip(points, update.gradients)
     ]
 
 
-def _sharing_jacobians(chain: Chain, activity: Activity) -> Chain:
+def _sharing_jacobians(chain: Evaluator, activity: ForwardPass) -> Evaluator:
     """A copy of the chain that works out the Jacobians of the feedforward state once, for all who ask for them."""
     shared = copy.copy(chain)
-    found = functools.cache(lambda: chain.jacobians(activity.slopes))
-    shared.__dict__["jacobians"] = lambda slopes: found() if slopes is activity.slopes else chain.jacobians(slopes)
+    found = functools.cache(lambda: chain.jacobians(activity))
+    shared.__dict__["jacobians"] = lambda at: found() if at is activity else chain.jacobians(at)
     return shared
 
 

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.chain import Chain
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
+from dfc_lightning.control.graph import Graph
+from dfc_lightning.control.wiring import GraphActivity
 from dfc_lightning.metrics import (
     ConditionOne,
     ConditionTwo,
@@ -23,20 +26,28 @@ from dfc_lightning.settling.settled import Settled
 class Conditions:
     """Metrics of a rule's conditions, each with sums that are exact over batches and ranks.
 
+    Condition 1 and the matrix of the whole network are for chains: where weights are shared between positions, the
+    norm of what a layer hears does not weigh its units.
+
     Args:
         rule: the rule; one without feedback weights or without a controller leaves out what is said of these.
-        layers: the number of layers, L.
+        chain: the network.
         dense: whether to measure those that form n_L × n_L matrices of each sample.
         damping: γ of the pseudoinverse that the feedback weights are compared with.
         tau_ratio: τ_v / τ_u of the full network-and-controller matrix; None to leave that out.
     """
 
     def __init__(
-        self, rule: LearningRule, layers: int, dense: bool = True, damping: float = 0.1, tau_ratio: float | None = None
+        self,
+        rule: LearningRule,
+        chain: Evaluator,
+        dense: bool = True,
+        damping: float = 0.1,
+        tau_ratio: float | None = None,
     ) -> None:
         self.controller = rule.controller if isinstance(rule, DFC) else None
         self.tau_ratio = tau_ratio
-        self.metrics: dict[str, Metric] = {"condition_1": ConditionOne()}
+        self.metrics: dict[str, Metric] = {} if isinstance(chain, Graph) else {"condition_1": ConditionOne()}
         if dense and not isinstance(rule, (Backprop, MinimumNorm)):
             self.metrics["condition_2"] = ConditionTwo()
             self.metrics["feedback_to_transpose"] = FeedbackAngle("transpose")
@@ -44,7 +55,7 @@ class Conditions:
         if dense and self.controller is not None:
             self.metrics["condition_3"] = StabilityEigenvalue()
         if self.controller is not None:
-            self.metrics["control_ratio"] = ControlRatio(layers)
+            self.metrics["control_ratio"] = ControlRatio(chain.depth)
             if tau_ratio is not None:
                 self.metrics["stability"] = StabilityEigenvalue()
 
@@ -53,7 +64,7 @@ class Conditions:
         for metric in self.metrics.values():
             metric.to(device)
 
-    def update(self, chain: Chain, activity: Activity, settled: Settled | None) -> None:
+    def update(self, chain: Evaluator, activity: ForwardPass, settled: Settled | None) -> None:
         """Count a batch in.
 
         Args:
@@ -62,15 +73,17 @@ class Conditions:
             settled: the controlled network, where the rule has one.
         """
         metrics, feedback = self.metrics, chain.stacked_feedback
-        metrics["condition_1"].update(activity.presynaptic())
+        if "condition_1" in metrics:
+            metrics["condition_1"].update(activity.presynaptic())
         if "condition_2" in metrics:
-            jacobian = torch.cat(chain.jacobians(activity.slopes), dim=2)
+            jacobian = torch.cat(chain.jacobians(activity), dim=2)
             for name in ("condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse"):
                 metrics[name].update(feedback, jacobian)
             if self.controller is not None:
                 matrix = instantaneous_matrix(feedback, jacobian, self.controller.steady_leakage)
                 metrics["condition_3"].update(matrix)
         if self.controller is not None and self.tau_ratio is not None:
+            assert isinstance(chain, Chain)
             metrics["stability"].update(control_matrix(chain, activity.slopes, self.controller, self.tau_ratio))
         if "control_ratio" in metrics and settled is not None:
             metrics["control_ratio"].update(*_drives(chain, activity, settled))
@@ -85,11 +98,14 @@ class Conditions:
         return values
 
 
-def _drives(chain: Chain, activity: Activity, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
-    """Q_i u and W_i r_{i−1} of the samples that have not diverged."""
+def _drives(chain: Evaluator, activity: ForwardPass, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
+    """Q_i u and W_i r_{i−1} of the samples that have not diverged; W r of a normalisation lacks its shift."""
     sound = settled.counted(drop_unconverged=False)
-    basal = [
-        (v + moved - (0.0 if b is None else b))[sound]
-        for v, moved, b in zip(activity.v, settled.response.basal, chain.biases)
-    ]
-    return chain.apical(settled.control[sound]), basal
+    if isinstance(chain, Graph):
+        assert isinstance(activity, GraphActivity)
+        shifts = [segment.shift(v) for segment, v in zip(activity.wiring.segments, activity.v)]
+    else:
+        assert isinstance(chain, Chain)
+        shifts = [0.0 if b is None else b for b in chain.biases]
+    basal = [(v + moved - b)[sound] for v, moved, b in zip(activity.v, settled.response.basal, shifts)]
+    return chain.spread(chain.apical(settled.control[sound])), basal

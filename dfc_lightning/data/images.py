@@ -1,10 +1,11 @@
-"""MNIST and Fashion-MNIST, read straight from their IDX files, plain or gzipped."""
+"""Images from their files; MNIST and Fashion-MNIST, read straight from their IDX files, plain or gzipped."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,19 +14,31 @@ from torch import Tensor
 
 from dfc_lightning.data.tensors import TensorDataModule, TensorPairs, random_split_indices
 
-_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-_TRAINING_IMAGES = 60_000
 
+class Images(TensorDataModule):
+    """Images in classes, read from the files that torchvision downloads.
 
-class _IdxImages(TensorDataModule):
-    """What MNIST and Fashion-MNIST share: four files, 60,000 + 10,000 images of 28x28 pixels, ten classes."""
+    Args:
+        root: folder that holds ``place``.
+        batch_size: samples in a training batch.
+        validation_size: training images held out for validation.
+        standardize: whether to subtract ``mean`` from the pixels, scaled to [0, 1], and divide them by ``std``.
+        seed: seed of the split.
+        eval_batch_size: samples in a validation or test batch.
+        num_workers: processes that load batches.
+        shuffle: whether each training epoch visits the samples in a new order.
+    """
 
-    folder: ClassVar[str]
-    mean: ClassVar[float]
-    std: ClassVar[float]
+    dataset: ClassVar[str]
+    """Torchvision's name."""
+    place: ClassVar[str]
+    """Where the files lie below the root."""
+    files: ClassVar[dict[str, Sequence[str]]]
+    """Names of the files of the splits ``train`` and ``test``."""
+    training_images: ClassVar[int]
+    mean: ClassVar[float | tuple[float, ...]]
+    """Of the pixels, scaled to [0, 1]; of each channel, where there are several."""
+    std: ClassVar[float | tuple[float, ...]]
 
     def __init__(
         self,
@@ -39,9 +52,9 @@ class _IdxImages(TensorDataModule):
         shuffle: bool,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, shuffle)
-        if not 0 <= validation_size < _TRAINING_IMAGES:
+        if not 0 <= validation_size < self.training_images:
             raise ValueError(
-                f"validation_size={validation_size} must lie between 0 and {_TRAINING_IMAGES - 1}: "
+                f"validation_size={validation_size} must lie between 0 and {self.training_images - 1}: "
                 "it is taken from the training images."
             )
         self.root = Path(root or os.environ.get("DFC_DATA_ROOT") or "data").expanduser()
@@ -51,11 +64,11 @@ class _IdxImages(TensorDataModule):
 
     @property
     def raw(self) -> Path:
-        """The folder of the four files."""
-        return self.root / self.folder / "raw"
+        """The folder of the files."""
+        return self.root / self.place
 
     def prepare_data(self) -> None:
-        """Download the files, unless all four are there, plain or gzipped."""
+        """Download the files, unless all are there."""
         missing = self._missing()
         if not missing:
             return
@@ -66,7 +79,7 @@ class _IdxImages(TensorDataModule):
                 missing, 'torchvision, which downloads, is absent: pip install "dfc_lightning[recipes]"'
             ) from error
         try:
-            getattr(datasets, self.folder)(self.root, download=True)
+            getattr(datasets, self.dataset)(self.root, download=True)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise self._not_found(missing, f"the download failed: {reason}") from error
@@ -74,40 +87,65 @@ class _IdxImages(TensorDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and preprocess what ``stage`` needs, once; every set if ``stage`` is None."""
         if stage in (None, "fit", "validate") and self.train_set is None:
-            inputs, targets = self._read("train")
-            self.train_set, self.val_set = (
-                TensorPairs(self._preprocess(inputs[part]), targets[part])
-                for part in random_split_indices(len(inputs), [self.validation_size], self.seed)
-            )
+            inputs, targets = self._read_split("train")
+            train, val = random_split_indices(len(inputs), [self.validation_size], self.seed)
+            self.train_set = self._training_pairs(self._preprocess(inputs[train]), targets[train])
+            self.val_set = TensorPairs(self._preprocess(inputs[val]), targets[val])
         if stage in (None, "test") and self.test_set is None:
-            inputs, targets = self._read("test")
+            inputs, targets = self._read_split("test")
             self.test_set = TensorPairs(self._preprocess(inputs), targets)
 
-    def _preprocess(self, images: Tensor) -> Tensor:
-        """Turn bytes (N, 28, 28) into float32 (N, 1, 28, 28)."""
-        inputs = images.unsqueeze(1).to(torch.float32).div_(255)
-        return inputs.sub_(self.mean).div_(self.std) if self.standardize else inputs
+    def _training_pairs(self, inputs: Tensor, targets: Tensor) -> TensorPairs:
+        return TensorPairs(inputs, targets)
 
-    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+    def _preprocess(self, images: Tensor) -> Tensor:
+        """Turn bytes (N, C, H, W) into float32."""
+        inputs = images.to(torch.float32).div_(255)
+        if not self.standardize:
+            return inputs
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+        return inputs.sub_(mean).div_(std)
+
+    def _read_split(self, split: str) -> tuple[Tensor, Tensor]:
         missing = self._missing(split)
         if missing:
             raise self._not_found(missing, "nothing was downloaded, since prepare_data() has not run")
-        images, labels = (_read_idx(self._path(name)) for name in _FILES[split])
-        return images, labels.long()
+        return self._read([self._path(name) for name in self.files[split]])
+
+    def _read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+        """Bytes (N, C, H, W) and labels (N,), int64, from the files of a split."""
+        raise NotImplementedError
+
+    def _path(self, name: str) -> Path:
+        return self.raw / name
+
+    def _missing(self, *splits: str) -> list[str]:
+        return [name for split in splits or self.files for name in self.files[split] if not self._path(name).exists()]
+
+    def _not_found(self, missing: list[str], reason: str) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self.dataset}: {', '.join(missing)} not found in {self.raw.absolute()}, "
+            f"and {reason}. Put the files into <root>/{self.place}, or name the root that holds them by "
+            "DFC_DATA_ROOT or --data.init_args.root, or connect to a network and run again to download them."
+        )
+
+
+class _IdxImages(Images):
+    """What MNIST and Fashion-MNIST share: four files, 60,000 + 10,000 images of 28x28 pixels, ten classes."""
+
+    files = {
+        "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+        "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    }
+    training_images = 60_000
+
+    def _read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+        images, labels = (_read_idx(path) for path in paths)
+        return images.unsqueeze(1), labels.long()
 
     def _path(self, name: str) -> Path:
         plain = self.raw / name
         return plain if plain.exists() else self.raw / f"{name}.gz"
-
-    def _missing(self, *splits: str) -> list[str]:
-        return [name for split in splits or _FILES for name in _FILES[split] if not self._path(name).exists()]
-
-    def _not_found(self, missing: list[str], reason: str) -> FileNotFoundError:
-        return FileNotFoundError(
-            f"{self.folder}: {', '.join(missing)} not found in {self.raw.absolute()} (plain or .gz), "
-            f"and {reason}. Put the files into <root>/{self.folder}/raw, or name the root that holds them by "
-            "DFC_DATA_ROOT or --data.init_args.root, or connect to a network and run again to download them."
-        )
 
 
 class MNIST(_IdxImages):
@@ -129,7 +167,7 @@ class MNIST(_IdxImages):
         shuffle: Whether each training epoch visits the samples in a new order.
     """
 
-    folder = "MNIST"
+    dataset, place = "MNIST", "MNIST/raw"
     mean, std = 0.1307, 0.3081
 
     def __init__(
@@ -165,7 +203,7 @@ class FashionMNIST(_IdxImages):
         shuffle: Whether each training epoch visits the samples in a new order.
     """
 
-    folder = "FashionMNIST"
+    dataset, place = "FashionMNIST", "FashionMNIST/raw"
     mean, std = 0.2860, 0.3530
 
     def __init__(

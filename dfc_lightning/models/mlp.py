@@ -65,7 +65,7 @@ class MLP(nn.Sequential):
                 f"nonlinearity={names} has {len(names)} entries, but sizes={sizes} has {hidden} hidden "
                 "layers. Give one for each, or one name for all."
             )
-        nonlinearities = [_choose("nonlinearity", name, _NONLINEARITIES) for name in names]
+        nonlinearities = [nonlinearity_named(name) for name in names]
         initialize = _choose("initialization", initialization, _INITIALIZATIONS)
 
         layers: list[nn.Module] = [nn.Flatten()]
@@ -81,6 +81,11 @@ class MLP(nn.Sequential):
     def __getitem__(self, idx: Any) -> Any:
         # nn.Sequential would build a slice by this class's own constructor.
         return nn.Sequential(*list(self)[idx]) if isinstance(idx, slice) else super().__getitem__(idx)
+
+
+def nonlinearity_named(name: str) -> Callable[[], nn.Module]:
+    """What makes the module of a nonlinearity."""
+    return _choose("nonlinearity", name, _NONLINEARITIES)
 
 
 def _choose(argument: str, value: str, choices: dict[str, Any]) -> Any:

@@ -45,7 +45,8 @@ class ControlledTraining(Strategy):
     Args:
         rule: the learning rule; None for ``DFC()``.
         feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
-            step after every batch, if the rule is one that learns them. Fixed feedback: ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
+            step after every batch, if the rule is one that learns them. Fixed feedback:
+            ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
         network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial feedback weights; None for what the rule is meant to have.
         loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
