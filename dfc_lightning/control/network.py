@@ -29,6 +29,7 @@ from dfc_lightning.control.graph_feedback import (
     initial_graph_feedback,
     port_shapes,
 )
+from dfc_lightning.control.kept import buffers_kept, matched
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.control.operations import constant
 from dfc_lightning.control.points import ControlPoint, find_points, scope_of
@@ -138,7 +139,7 @@ class ControlledNetwork:
             raise _OutputReached(activity)
 
         try:
-            with _buffers_kept(self.module), self.watched(stop):
+            with buffers_kept(self.module), self.watched(stop):
                 run()
         except _OutputReached as reached:
             return reached.activity
@@ -315,28 +316,8 @@ class ControlledNetwork:
         """
         if len(state) == 0 and not self._seen:
             return
-        known = {point.name: point for point in self.points}
-        # A normalisation of a graph may turn out to belong to the layer before it, once a forward pass is seen.
-        optional = set() if self._seen or not self.is_graph else {p.name for p in self.points if not p.is_layer}
-        if not set(known) - optional <= set(state) <= set(known):
-            raise ControlError(
-                f"The feedback weights to load are for the layers {sorted(state)}, but this network has "
-                f"{sorted(known)}. Load them into the network they were saved from."
-            )
-        # The order saved is the order of the network, if no forward pass has shown it yet.
-        order = self.points if self._seen else [known[name] for name in state]
-        is_graph = self.is_graph or (not self._seen and _of_no_chain(order, state))
-        outputs = next(reversed(state.values())).shape[1] if is_graph else order[-1].width
-        for k, point in enumerate(order):
-            shape: tuple[int, ...] = tuple(state[point.name].shape)
-            needed: tuple[int, ...] = (point.width, outputs)
-            if is_graph:  # how many units a map has is known by a forward pass only
-                needed = tuple(self.feedback[k].shape) if self._seen else (shape[0], outputs)
-            if shape != needed:
-                raise ControlError(
-                    f"The feedback weight to load for {point.name!r} has the shape {shape}, but the layer's units and "
-                    f"the network's outputs make {needed}. Load it into the network it was saved from."
-                )
+        shapes = [tuple(q.shape) for q in self.feedback] if self._seen else None
+        order, is_graph = matched(state, self.points, self.is_graph, shapes)
         self.points, self.is_graph, self._loaded = order, is_graph, True
         self.feedback = [nn.Parameter(state[p.name].to(p.parameters[0].device, self.dtype)) for p in order]
         if self.feedback_init == "jacobian":
@@ -350,27 +331,6 @@ class ControlledNetwork:
         else:
             values = initial_feedback(self.feedback_init, weights, torch.Generator().manual_seed(self.seed))
         self.feedback = [nn.Parameter(q) for q in values]
-
-
-@contextlib.contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what becomes of the buffers of a module inside."""
-    kept = [
-        (m._buffers, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, value in kept:
-                buffers[name] = buffer.copy_(value)
-
-
-def _of_no_chain(order: list[ControlPoint], state: dict[str, Tensor]) -> bool:
-    """Whether feedback weights are such as dense layers have only where these are no chain."""
-    outputs, rows = {q.shape[1] for q in state.values()}, [(len(state[p.name]), p.width) for p in order]
-    chain = outputs == {order[-1].width} and all(n == width for n, width in rows)
-    return not chain and len(outputs) == 1 and all(n % width == 0 for n, width in rows)
 
 
 class _OutputReached(BaseException):
