@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -482,3 +484,18 @@ def test_a_layer_norm_by_itself_is_a_point_of_its_own():
     assert [p.name for p in case.network.points] == ["inner", "norm", "outer", "head"]
     assert [p.norm for p in GraphCase("mixed").network.points][0].num_groups == 2
     assert isinstance(Mixed().n, nn.LayerNorm)
+
+
+def test_nothing_of_a_pass_outlives_its_lesson():
+    case = GraphCase("residual")
+    gc.collect()
+    gc.disable()  # no reference cycle may keep the tensors of a pass
+    try:
+        with case.network.taught_by(DFC()) as lesson:
+            loss = F.cross_entropy(case.network(case.x), case.y)
+        loss.backward()
+        frames = [weakref.ref(lesson.activity.frame), weakref.ref(case.network.observe(case.x).frame)]
+        del lesson, loss
+        assert [frame() for frame in frames] == [None, None]
+    finally:
+        gc.enable()

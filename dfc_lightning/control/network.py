@@ -193,6 +193,8 @@ class ControlledNetwork:
         """
         watch = self._watch(at_output)
         with contextlib.ExitStack() as stack:
+            if isinstance(watch, GraphWatch):
+                stack.callback(watch.close)
             for point in self._layers:
                 if isinstance(watch, GraphWatch):
                     hook = point.layer.register_forward_pre_hook(watch.before, with_kwargs=True)

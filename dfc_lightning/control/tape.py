@@ -139,6 +139,11 @@ class Tape(TorchFunctionMode):
         """The recorded values."""
         return Frame(list(self._values), self._values[0].shape[0], self._values[0].dtype)
 
+    def close(self) -> None:
+        """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
+        self.operations, self._values, self._alive, self._slot = [], [], [], {}
+        self._at_output = lambda output: output
+
     def reaches_end(self, layer: int) -> bool:
         """Whether the last recorded tensor depends on the layer of this bit."""
         return bool(self._passed and self._passed[-1] & layer)

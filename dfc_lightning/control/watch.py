@@ -60,6 +60,11 @@ class GraphWatch:
         self.passages.append(passage)
         return self.tape.look(handed)
 
+    def close(self) -> None:
+        """Let go of what was recorded."""
+        self.tape.close()
+        self.passages = []
+
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
         if self.waiting:
