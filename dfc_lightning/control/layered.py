@@ -40,6 +40,14 @@ class Layered:
         found = self.graph.jacobians(self.activity)
         return [torch.cat([found[i] for i in group], dim=2) for group in self.groups]
 
+    def slopes(self, activity: GraphActivity) -> list[Tensor]:
+        """Largest φ' among the units that a port drives, one (B, n) a group."""
+        found = []
+        for slope, spread, shape in zip(activity.slopes, self.graph.spreads, self.graph.shapes):
+            shared = [k + 1 for k, (one, n) in enumerate(zip(spread, shape)) if one != n]
+            found.append((slope.abs().amax(shared) if shared else slope).flatten(1))
+        return [torch.cat([found[i] for i in group], dim=1) for group in self.groups]
+
     def of_points(self, grouped: Sequence[Any]) -> list[Any]:
         """What each point's group has, point by point."""
         found = {i: value for group, value in zip(self.groups, grouped) for i in group}

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, jacobians_and_gains
+from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, able_units, gated_product, jacobians_and_gains
 from dfc_lightning.feedback_learning.loop import (
     Phase,
     filters,
@@ -40,8 +40,12 @@ def drawn(
     activity: AnyActivity,
     sigmas: Sequence[float],
     noise: Callable[[tuple[int, int]], Tensor],
+    gated: bool = False,
 ) -> list[Tensor]:
-    """Σ_b Σ_t v_i^fb uᵀ for each layer, (n_L, n_i), for noise of standard deviation σ̃_i in layer i."""
+    """Σ_b Σ_t v_i^fb uᵀ for each layer, (n_L, n_i), for noise of standard deviation σ̃_i in layer i.
+
+    ``gated``: of the units alone whose rates can move.
+    """
     jacobians, gains = jacobians_and_gains(layers, activity)
     output = activity.output
     batch, n = output.shape
@@ -57,21 +61,23 @@ def drawn(
         if noisy[k]:
             alone.addmm_((roots[k] @ inner[k]).view(batch * n, -1), to_control[k], alpha=sigma)
     u = _controlled(phase, gains, alone.view(batch, n, -1))
-    answer = (u @ (u @ heard).mT).sum(0)  # Σ u (S w)ᵀ
+    answer = u @ (u @ heard).mT  # Σ u (S w)ᵀ
+    able = able_units(layers, activity) if gated else []
     met = u @ held
     spread = _root(met @ met.mT)
     totals = []
     for k, (q, jacobian, root, sigma) in enumerate(zip(layers.feedback, jacobians, roots, sigmas)):
-        total = answer @ q.T
+        total = gated_product(q, answer.mT, able[k]).T.contiguous() if gated else answer.sum(0) @ q.T
         if noisy[k]:
             own = met @ inner[k].mT
             if latent[k]:
                 z = noise((batch, n * layers.widths[k])).view(batch, n, -1)
                 own = own - spread @ torch.linalg.solve_triangular(root, jacobian @ z.mT, upper=False).mT
                 own = torch.linalg.solve_triangular(root, own, upper=False, left=False)
+                z = z * able[k].unsqueeze(1) if gated else z
                 total += sigma * (_side_by_side(spread) @ z.flatten(0, 1) + _side_by_side(own) @ jacobian.flatten(0, 1))
             else:
-                total += sigma * own.sum(0)
+                total += sigma * (own * able[k].unsqueeze(1) if gated else own).sum(0)
         totals.append(total)
     return totals
 

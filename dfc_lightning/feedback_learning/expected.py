@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.control.graph import Graph
-from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, jacobians_and_gains, outputs
+from dfc_lightning.feedback_learning.layers import (
+    AnyActivity,
+    Layers,
+    able_units,
+    gated_product,
+    jacobians_and_gains,
+    outputs,
+)
 from dfc_lightning.feedback_learning.loop import Phase, filters, largest_gain, merged, step_through, turns
 from dfc_lightning.feedback_learning.sampled import Noise, Sampled
 
@@ -93,17 +100,23 @@ class Expected(Sampled):
                     rest = torch.baddbmm(rest, each, gain)
             rest = rest.view(batch, -1, n, n)
 
-        both = (p.constant[:, None, None] * spreads.sum(0)).sum(0)
-        both += torch.einsum("bkij,bkjl->il", combine(p.left, rest), spreads)
-        both += torch.einsum("bkij,bkjl->li", combine(p.right, rest), spreads)
+        rows = "b" if self.gated else ""  # where A of each sample is needed, and not their sum
+        both = torch.einsum(f"k,bkij->{rows}ij", p.constant, spreads)
+        both += torch.einsum(f"bkij,bkjl->{rows}il", combine(p.left, rest), spreads)
+        both += torch.einsum(f"bkij,bkjl->{rows}li", combine(p.right, rest), spreads)
         halves = combine(p.square_left, rest) @ combine(p.square, spreads)
-        both += torch.einsum("bmij,bmlj->il", halves, combine(p.square_right, rest))
+        both += torch.einsum(f"bmij,bmlj->{rows}il", halves, combine(p.square_right, rest))
         crosses = combine(p.cross, rest)
         crosses.diagonal(dim1=2, dim2=3).add_(p.cross_constant[:, None])
         scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
+        if self.gated:
+            able = able_units(chain, activity)
+            held = [gated_product(q, both, m) for q, m in zip(chain.feedback, able)]
+        else:
+            held = [q @ both for q in chain.feedback]
         return [
-            scale * (q @ both + (cross.transpose(0, 1).reshape(n, -1) @ jacobian.flatten(0, 1)).T)
-            for q, jacobian, cross in zip(chain.feedback, jacobians, crosses.unbind(1))
+            scale * (first + (cross.transpose(0, 1).reshape(n, -1) @ jacobian.flatten(0, 1)).T)
+            for first, jacobian, cross in zip(held, jacobians, crosses.unbind(1))
         ]
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
-from dfc_lightning.control.graph import Graph, GraphActivity
+from dfc_lightning.control.graph import Graph, GraphActivity, Layered
 from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.expected import Expected
+from dfc_lightning.feedback_learning.layers import Layers, able_units
 from dfc_lightning.feedback_learning.sampled import FeedbackMethod
 
 
@@ -67,7 +68,7 @@ class FeedbackLearning:
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero")
 
 
-EVERY_BATCH = FeedbackLearning(passes_per_epoch=0, every_n_batches=1, every_nth_sample=8)
+EVERY_BATCH = FeedbackLearning(Expected(gated=True), passes_per_epoch=0, every_n_batches=1, every_nth_sample=8)
 """One pass over the data to begin with, then a step on an eighth of the samples after every training step.
 
 It follows the forward weights more closely than a pass every epoch, at less cost: what the strategies do by default."""
@@ -120,6 +121,9 @@ class FeedbackLearner:
         gradients = self._gradients(chain, activity)
         if self.ranks.world_size > 1:
             gradients = list(self.ranks.mean(torch.cat(gradients)).split(chain.widths))
+        if self.learning.method.gated:  # sums over the samples in which a unit learns, and their share beside them
+            least = 1 / (len(activity.output) * self.ranks.world_size)
+            gradients = [g[:, :-1] / g[:, -1:].clamp_min(least) for g in gradients]
         learned = self._learned()
         for q, gradient in zip(learned, gradients):
             q.grad = gradient
@@ -166,11 +170,12 @@ class FeedbackLearner:
             return draws[ranks.rank :: ranks.world_size]
 
         def draw() -> list[Tensor]:
-            if isinstance(chain, Graph):
-                assert isinstance(activity, GraphActivity)
-                layers = chain.layered(activity)
-                return layers.apart(method.draw(layers, activity, noise))
-            return method.draw(chain, activity, noise)
+            layers: Layers = chain if isinstance(chain, Chain) else chain.layered(cast(GraphActivity, activity))
+            found = method.draw(layers, activity, noise)
+            if method.gated:
+                shares = [m.mean(0).unsqueeze(1) for m in able_units(layers, activity)]
+                found = [torch.cat(pair, dim=1) for pair in zip(found, shares)]
+            return layers.apart(found) if isinstance(layers, Layered) else found
 
         method, share = self.learning.method, 1.0
         every = max(self.learning.every_nth_sample, method.every_nth_sample(chain))
@@ -178,7 +183,7 @@ class FeedbackLearner:
             number = torch.arange(len(output), device=output.device) * ranks.world_size + ranks.rank
             taken = (number % every == 0).nonzero().squeeze(1)
             if len(taken) == 0:
-                return [torch.zeros_like(q) for q in chain.feedback]
+                return [q.new_zeros(q.shape[0], q.shape[1] + method.gated) for q in chain.feedback]
             activity = activity.samples(taken)
             share = len(taken) * ranks.world_size / math.ceil(len(output) * ranks.world_size / every)
         return [gradient * share for gradient in draw()]

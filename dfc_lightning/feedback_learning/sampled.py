@@ -16,7 +16,7 @@ from dfc_lightning.control.graph import Graph
 from dfc_lightning.control.layered import Layered
 from dfc_lightning.control.wiring import GraphActivity
 from dfc_lightning.feedback_learning.drawn import drawn
-from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, outputs
+from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, able_units, outputs
 from dfc_lightning.feedback_learning.loop import Phase
 from dfc_lightning.settling.dynamics import ControlledDynamics, Dynamics, TimeStep, stacked_noise
 from dfc_lightning.settling.graph_dynamics import GraphDynamics
@@ -33,6 +33,9 @@ DRAWN_UP_TO = 28
 
 class FeedbackMethod(ABC):
     """How the gradient of the feedback weights is had."""
+
+    gated: bool = False
+    """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
 
     @abstractmethod
     def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
@@ -72,6 +75,10 @@ class Sampled(FeedbackMethod):
         sigma_output: that in the output layer; None for the same.
         instant_transmission: rates of this step, not of the last, reach the next layer.
         instant_system: somata follow their compartments at once.
+        gated: of each sample, only units whose rate the apical compartment can move learn, and the mean is over
+            these: φ'(v_i) is not zero, and the unit does not lose in max-pooling. Q_i then follows what is fed back to
+            a unit while it is active, where without it the samples that silence a unit make its feedback fade. Not in
+            the paper, whose units are never silent.
     """
 
     steps: int = 47
@@ -85,6 +92,7 @@ class Sampled(FeedbackMethod):
     sigma_output: float | None = None
     instant_transmission: bool = True
     instant_system: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         require(self.steps >= 2, "steps", self.steps, "the first step gives no update; simulate two or more")
@@ -154,7 +162,7 @@ class Sampled(FeedbackMethod):
     def _drawn(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
         if outputs(chain) > DRAWN_UP_TO:
             return self._simulated(chain, activity, noise)
-        totals = drawn(self.phase(chain.depth), chain, activity, self._relative_sigmas(chain.depth), noise)
+        totals = drawn(self.phase(chain.depth), chain, activity, self._relative_sigmas(chain.depth), noise, self.gated)
         scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
         return [(total * scale).T for total in totals]
 
@@ -171,10 +179,15 @@ class Sampled(FeedbackMethod):
             widths = chain.widths
         kick = stacked_noise(sigmas, widths, activity.output) * (self.sigma * self.dt**0.5 / self.apical_tau)
         total = activity.output.new_zeros(sum(widths), outputs(chain))
+        able: Tensor | None = None
+        if self.gated:
+            masks = [m.T for m in able_units(chain, activity)]
+            able = torch.cat(chain.apart(masks) if isinstance(chain, Layered) else masks).T
         shape = (activity.batch_size, sum(widths))
         for _ in range(self.steps):
             dynamics.advance_control()
-            total.addmm_(dynamics.stacked_apical.T, dynamics.u)
+            apical = dynamics.stacked_apical if able is None else dynamics.stacked_apical * able
+            total.addmm_(apical.T, dynamics.u)
             dynamics.advance_compartments(noise(shape).mul_(kick))
         found = list((total * self._scale(activity)).split(widths))
         return chain.together(found) if isinstance(chain, Layered) else found
