@@ -14,7 +14,7 @@ from dfc_lightning.control.chain import Chain
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.rules import DFC
 from dfc_lightning.settling import Euler, Linearized, Settling, SteadyState
-from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, cheap_inverse, own_inverse
 from dfc_lightning.settling.root import DenseInverse, Root, StoredSteps, find_root
 
 networks = pytest.mark.parametrize("name", NETWORKS)
@@ -87,7 +87,7 @@ def test_the_linearized_control_is_one_dense_newton_step(name: str, feedback: st
 
 @pytest.mark.parametrize("feedback", ["weight_product", "random", "learned"])
 @pytest.mark.parametrize("hidden", ["linear", "tanh", "softplus"])
-@pytest.mark.parametrize("sizes", [(8, 120, 100), (8, 30, 20, 100)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("sizes", [(8, 120, 100), (8, 30, 20, 100), (8, 40, 40, 7)], ids=["wide", "narrow", "dense"])
 def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str, sizes: tuple[int, ...]) -> None:
     case = make((sizes, hidden, "squared"), "random" if feedback == "random" else "weight_product", batch=4)
     if feedback == "learned":  # Q_L no longer the identity
@@ -95,7 +95,7 @@ def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str,
         stacked = case.chain.stacked_feedback
         noise = torch.randn(stacked.shape, generator=generator, dtype=torch.float64)
         case = case.with_feedback(stacked + 0.01 * noise)
-    assert case.chain.widths[-1] > DENSE_UP_TO
+    assert case.chain.widths[-1] > DENSE_UP_TO or OWN_UP_TO < case.chain.widths[-1] == 7
     assert case.chain.reducible == (sizes[-2] < sizes[-1] and feedback != "learned")
     offset = -0.3 * case.loss_grad
     linear = Linearized().settle(case.chain, case.activity, offset, PIController(0.1))
@@ -104,6 +104,25 @@ def test_wide_outputs_settle_as_dense_solves_have_it(feedback: str, hidden: str,
     assert close(linear.control, newton(case, offset, 0.1, 1), 1e-9)
     assert steady.converged.all()
     assert close(steady.control, newton(case, offset, 0.1, 8), 1e-8)
+    again = case.chain.respond(case.activity, case.chain.apical(steady.control))
+    for mine, theirs in zip(steady.response[:3], again[:3]):
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("output", ["linear", "tanh"])
+def test_the_cheap_inverse_is_each_samples_own_to_first_order_in_the_slopes(output: str) -> None:
+    case = make(((8, 40, 40, 7), "tanh", "squared"), batch=6)
+    c = case.chain
+    if output == "tanh":
+        case = replace(case, chain=Chain(c.weights, c.biases, [c.nonlinearities[0]] * 3, c.feedback))
+    errors = []
+    for spread in (1e-2, 1e-3):
+        near = replace(case, x=case.x.mean(0) + spread * (case.x - case.x.mean(0)))
+        inverse = cheap_inverse(near.chain, near.activity, 0.1)
+        assert isinstance(inverse, DenseInverse)
+        own = own_inverse(near.chain, near.activity, 0.1).matrix
+        errors.append(float((inverse.matrix - own).norm() / own.norm()))
+    assert errors[1] < 0.02 * errors[0] < 2e-5  # samples a tenth as different: an error of a hundredth
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
+from dfc_lightning.control.chain import Activity, Chain, Response
 from dfc_lightning.settling.root import Root, StoredSteps, find_root
 
 
@@ -22,8 +22,10 @@ def narrow_root(
     accuracy: float,
     max_iterations: int,
     linear: bool = False,
-) -> Root:
+) -> tuple[Root, Response | None]:
     """The settled control of a chain that is ``reducible``, as :func:`find_root` gives it.
+
+    With it comes the network's response, unless another pass is needed for it.
 
     Args:
         chain: the controlled chain.
@@ -40,11 +42,15 @@ def narrow_root(
     gram = last.T @ last
     size = torch.linalg.vector_norm(offset, dim=1).clamp_min(torch.finfo(offset.dtype).tiny)
 
+    latest: list[tuple[Tensor, Response]] = []
+
     def missing(z: Tensor) -> Tensor:
         apical = (direct - z @ back.T).split(widths, dim=1)
         if linear:
             return chain.linear_response(activity.slopes, apical) - z
-        return chain.respond(activity, apical).rates[-1] - z
+        response = chain.respond(activity, apical)
+        latest[:] = [(z, response)]
+        return response.rates[-1] - z
 
     def measure(value: Tensor) -> Tensor:  # ‖W_L value‖, what the output misses
         return torch.linalg.vecdot(value @ gram, value).clamp_min(0).sqrt() / size
@@ -58,4 +64,10 @@ def narrow_root(
     at_zero = missing(torch.zeros_like(activity.v[-2]))
     # A little closer than asked for: the outputs' residual is not this one to the last digit.
     root = find_root(missing, inverse.step(at_zero), inverse, at_zero, 0.9 * accuracy, max_iterations, measure)
-    return root._replace(u=(offset - root.u @ last.T) / shift)
+    u = (offset - root.u @ last.T) / shift
+    response = None
+    if latest and torch.equal(latest[0][0], root.u):
+        hidden = latest[0][1]
+        basal = hidden.rates[-1] @ last.T
+        response = Response([*hidden.basal, basal], [*hidden.driven, u], [*hidden.rates, basal + u])
+    return root._replace(u=u), response

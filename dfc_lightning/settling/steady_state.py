@@ -11,9 +11,9 @@ from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import require
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
-from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, mean_field_inverse, own_inverse
+from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, cheap_inverse, own_inverse
 from dfc_lightning.settling.narrow import narrow_root
-from dfc_lightning.settling.root import find_root
+from dfc_lightning.settling.root import Inverse, find_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 
 
@@ -22,7 +22,7 @@ class SteadyState(Settling):
     """Solve for the steady state instead of simulating the way to it.
 
     Broyden's method on each sample, from the linearised solution and its inverse: each sample's own up to ``OWN_UP_TO``
-    outputs, the batch-mean one beyond. Samples it leaves unsettled try their own inverse, then follow the slow
+    outputs, a cheaper one beyond. Samples it leaves unsettled try their own inverse, then follow the slow
     controller's way from u = 0 in linearly implicit steps; where outputs are wider than ``DENSE_UP_TO``, they stay as
     they are. Outputs that wide after a narrower layer, with Q_L = I, are solved in that layer's rates. The residual of
     every sample is reported. Broyden's root is taken whether or not the dynamics would reach it: stability (Condition
@@ -50,6 +50,12 @@ class SteadyState(Settling):
 
     def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Solve the steady state; see :class:`Settling`."""
+        return self.solve(chain, activity, offset, controller)[0]
+
+    def solve(
+        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController
+    ) -> tuple[Settled, Inverse | None]:
+        """The settled network and, where it was used, the inverse of JQ + α̃ I as the iterations have left it."""
         leakage, rtol = controller.steady_leakage, self.accuracy(offset.dtype)
         latest: list[tuple[Tensor, Deviation]] = []
 
@@ -64,10 +70,10 @@ class SteadyState(Settling):
             and isinstance(activity, Activity)
             and chain.reducible
         ):
-            root = narrow_root(chain, activity, offset, leakage, rtol, self.max_iterations)
-            return self._settled(chain, activity, offset, root.u, leakage, root.iterations)
+            root, last = narrow_root(chain, activity, offset, leakage, rtol, self.max_iterations)
+            return self._settled(chain, activity, offset, root.u, leakage, root.iterations, last), None
         dense, own = offset.shape[1] <= DENSE_UP_TO, offset.shape[1] <= OWN_UP_TO
-        inverse = (own_inverse if own else mean_field_inverse)(chain, activity, leakage)
+        inverse = (own_inverse if own else cheap_inverse)(chain, activity, leakage)
         root = find_root(missing, inverse.step(offset), inverse, offset, rtol, self.max_iterations)
         u, iterations = root.u, root.iterations
         if dense and not root.converged.all():
@@ -76,7 +82,10 @@ class SteadyState(Settling):
             u, iterations = u.index_put((late,), found), iterations + more
         # The last pass evaluated is the settled one unless some sample was taken back to an earlier point.
         at, response = latest[0]
-        return self._settled(chain, activity, offset, u, leakage, iterations, response if torch.equal(at, u) else None)
+        settled = self._settled(
+            chain, activity, offset, u, leakage, iterations, response if torch.equal(at, u) else None
+        )
+        return settled, inverse
 
     def _settled(
         self,

@@ -31,9 +31,9 @@ from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.settling.dynamics import TimeStep
-from dfc_lightning.settling.inverse import DENSE_UP_TO, mean_field_inverse
-from dfc_lightning.settling.linearized import Linearized
-from dfc_lightning.settling.root import find_root
+from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.settling.linearized import solve_linear
+from dfc_lightning.settling.root import Inverse
 from dfc_lightning.settling.settled import Settled, Simulation, Taught, at_rest, relative_residual
 from dfc_lightning.settling.steady_state import SteadyState
 
@@ -123,10 +123,10 @@ class Trajectory(Simulation):
     ) -> tuple[Settled, Taught]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
         chain, activity = _as_chain(chain, activity)
-        steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
+        steady, inverse = SteadyState(self.rtol).solve(chain, activity, offset, controller)
         end = self._end(chain, activity, offset, controller, steady)
         tail = [(1 - self._somatic) / self._somatic * x for x in end.somatic]
-        area, found = self._area(chain, activity, controller, end, tail)
+        area, found = self._area(chain, activity, controller, end, tail, inverse)
         settled = replace(end.settled, converged=end.settled.converged & found)
         counted = settled.counted(drop_unconverged) & torch.isfinite(area).all(1)
 
@@ -154,9 +154,15 @@ class Trajectory(Simulation):
         return not (self.instant_transmission or self.instant_system)
 
     def _area(
-        self, chain: Chain, activity: Activity, controller: PIController, end: End, tail: list[Tensor]
+        self,
+        chain: Chain,
+        activity: Activity,
+        controller: PIController,
+        end: End,
+        tail: list[Tensor],
+        inverse: Inverse | None,
     ) -> tuple[Tensor, Tensor]:
-        """H, (B, n_L), and for which samples it was found."""
+        """H, (B, n_L), and for which samples it was found; begun from an inverse that may be at hand."""
         u, response = end.settled.control, end.settled.response
         if self._delayed:  # the last rates have not yet arrived anywhere
             tail = [late + basal for late, basal in zip(tail, response.basal)]
@@ -169,26 +175,9 @@ class Trajectory(Simulation):
         right = response.output + chain.linear_response(activity.slopes, tail)
         right = right + share * (controller.alpha * leaking - end.integral / self.dt)
         right = right - controller.steady_leakage * missed
-        return self._lemma(chain, activity, controller, right)
-
-    def _lemma(
-        self, chain: Chain, activity: Activity, controller: PIController, right: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(JQ + α̃ I)⁻¹ ``right``, and for which samples; a small correction, so found to ten times ``rtol`` only."""
-
-        def missing(u: Tensor) -> Tensor:
-            change = chain.linear_response(activity.slopes, chain.apical(u))
-            return right - change - controller.steady_leakage * u
-
-        inverse = mean_field_inverse(chain, activity, controller.steady_leakage)
-        root = find_root(
-            missing, inverse.step(right), inverse, right, 10 * SteadyState(self.rtol).accuracy(right.dtype), 30
-        )
-        if root.converged.all():
-            return root.u, root.converged
-        late = ~root.converged
-        solved = Linearized().settle(chain, activity.samples(late), right[late], controller)
-        return root.u.index_put((late,), solved.control), root.converged.index_put((late,), solved.converged)
+        # A small correction, so found to ten times the accuracy of the steady state only.
+        accuracy = 10 * SteadyState(self.rtol).accuracy(right.dtype)
+        return solve_linear(chain, activity, right, controller.steady_leakage, accuracy, 30, inverse)[:2]
 
     def _end(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, steady: Settled) -> End:
         u, response, leakage = steady.control, steady.response, controller.steady_leakage
