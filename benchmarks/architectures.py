@@ -39,7 +39,11 @@ RULES: dict[str, LearningRule | None] = {
     "DFC-SS, rtol 1e-3": DFC(settling=SteadyState(rtol=1e-3)),
     "DFC-SS, rtol 1e-5": DFC(settling=SteadyState(rtol=1e-5)),
 }
-METHODS = {"feedback, Expected": Expected(), "feedback, Sampled": Sampled()}
+LEARNING = {
+    "feedback, Expected": FeedbackLearning(Expected()),
+    "feedback, Expected, every 8th sample": FeedbackLearning(Expected(gated=True), every_nth_sample=8),
+    "feedback, Sampled": FeedbackLearning(Sampled()),
+}
 
 
 def images(shape: tuple[int, ...], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,11 +70,11 @@ def problem(module: nn.Module, shape: tuple[int, ...], options: argparse.Namespa
     return Problem(network, x, y, F.cross_entropy)
 
 
-def feedback_step(of: Problem, method: Any) -> Callable[[], Any]:
+def feedback_step(of: Problem, learning: FeedbackLearning) -> Callable[[], Any]:
     """A call that takes one feedback learning step; the feedback weights of ``of`` stay as they are."""
     network = ControlledNetwork(of.network.module, seed=0)
     network.load_state_dict(of.network.state_dict())
-    learner = FeedbackLearner(network, FeedbackLearning(method=method))
+    learner = FeedbackLearner(network, learning)
     return lambda: learner.step(network.observe(of.x))
 
 
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         of = problem(module, shape, options)
         settled = {name: of.update(rule) for name, rule in RULES.items()}
         calls = {name: (lambda rule=rule, of=of: of.update(rule)) for name, rule in RULES.items()}
-        calls |= {name: feedback_step(of, method) for name, method in METHODS.items()}
+        calls |= {name: feedback_step(of, learning) for name, learning in LEARNING.items()}
         times = harness.interleave(calls, options.repeats, options.device)
         for name in calls:
             end = settled.get(name)

@@ -47,7 +47,7 @@ def test_the_benchmark_of_architectures_likewise(benchmark, tmp_path, capsys):
     benchmark("architectures").main([*sizes, f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("LeNet: DFC-SS, rtol 1e-5", "ResNet-8: DFC-SSA", "feedback, Sampled"))
-    assert len(json.loads((tmp_path / "architectures.json").read_text())["updates"]) == 16
+    assert len(json.loads((tmp_path / "architectures.json").read_text())["updates"]) == 18
 
 
 def test_peak_memory_on_the_cpu_is_that_of_the_tensors_held_at_a_time(benchmark):

@@ -109,7 +109,8 @@ class LeakyReLU(Nonlinearity):
         return F.leaky_relu(v, self.negative_slope) if self.negative_slope else torch.relu(v)
 
     def slope(self, v: Tensor, r: Tensor) -> Tensor:
-        return torch.where(v > 0, v.new_ones(()), v.new_full((), self.negative_slope))
+        above = (v > 0).to(v)
+        return above.mul_(1 - self.negative_slope).add_(self.negative_slope) if self.negative_slope else above
 
     def difference(self, v: Tensor, r: Tensor, d: Tensor, slope: Tensor | None = None) -> Tensor:
         # Piece by piece: the part of the way from v to v + d that lies above zero, and the part below.

@@ -47,38 +47,54 @@ class MaxPool(Operation):
         return [largest]
 
     def tangents(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
-        x, size, change = frame[self.inputs[0]], frame[self.outputs[0]].shape[2:], moved[self.inputs[0]]
+        size, change = frame[self.outputs[0]].shape[2:], moved[self.inputs[0]]
         assert change is not None
-        where = frame.once(
-            (self, "winner"), lambda: torch.stack(self._entries(x, size, -torch.inf)).argmax(0, keepdim=True)
-        )
-        return [torch.stack(self._entries(change, size, 0.0)).gather(0, where).squeeze(0)]
+        total: Tensor | None = None
+        for won, entry in zip(self._won(frame), self._entries(change, size, 0.0)):
+            total = won * entry if total is None else total.addcmul_(won, entry)
+        return [total]
 
     def wins(self, frame: Frame) -> Tensor:
         """In how many windows each entry is the largest, in the shape of the argument."""
-        return frame.once((self, "wins"), lambda: self._wins(frame[self.inputs[0]], frame[self.outputs[0]]))
+        return frame.once((self, "wins"), lambda: self._wins(frame))
 
-    def _wins(self, x: Tensor, y: Tensor) -> Tensor:
-        count = torch.zeros_like(x)
-        places = self._entries(torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:]), y.shape[2:], -1)
-        free = torch.ones_like(y, dtype=torch.bool)
-        for entry, place in zip(self._entries(x, y.shape[2:], -torch.inf), places):
-            won = free & (entry == y)
-            free &= ~won
-            inside = place.flatten() >= 0
-            count.flatten(2).index_add_(2, place.flatten()[inside], won.flatten(2)[..., inside].to(x))
-        return count
+    def _wins(self, frame: Frame) -> Tensor:
+        x, size = frame[self.inputs[0]], frame[self.outputs[0]].shape[2:]
+        count = self._padded(torch.zeros_like(x), size, 0.0)
+        for won, place in zip(self._won(frame), self._places(size)):
+            count[place] += won
+        inside: Any = (..., *(slice(p, p + n) for p, n in zip(self.padding, x.shape[2:])))
+        return count[inside]
+
+    def _won(self, frame: Frame) -> list[Tensor]:
+        """1 where the entry at an offset is the largest of its window, the first of equals, for each offset."""
+
+        def find() -> list[Tensor]:
+            x, y = frame[self.inputs[0]], frame[self.outputs[0]]
+            free, found = torch.ones_like(y, dtype=torch.bool), []
+            for entry in self._entries(x, y.shape[2:], -torch.inf):
+                won = free & (entry == y)
+                free &= ~won
+                found.append(won.to(y))
+            return found
+
+        return frame.once((self, "won"), find)
 
     def _entries(self, x: Tensor, size: Sequence[int], outside: float) -> list[Tensor]:
         """The entries of all windows at each offset, in the shape of the result."""
-        reach = [s * (n - 1) + 1 for s, n in zip(self.stride, size)]
-        need = [r + d * (k - 1) for r, d, k in zip(reach, self.dilation, self.kernel)]
+        padded = self._padded(x, size, outside)
+        return [padded[place] for place in self._places(size)]
+
+    def _padded(self, x: Tensor, size: Sequence[int], outside: float) -> Tensor:
+        """The argument with all that its windows reach."""
+        need = [s * (n - 1) + 1 + d * (k - 1) for s, n, d, k in zip(self.stride, size, self.dilation, self.kernel)]
         after = [max(0, n - p - m) for n, p, m in zip(need, self.padding, x.shape[2:])]
-        if any(self.padding) or any(after):
-            x = F.pad(x, [n for pair in zip(reversed(self.padding), reversed(after)) for n in pair], value=outside)
+        if not any(self.padding) and not any(after):
+            return x
+        return F.pad(x, [n for pair in zip(reversed(self.padding), reversed(after)) for n in pair], value=outside)
+
+    def _places(self, size: Sequence[int]) -> list[Any]:
+        """For each offset in a window, where the entries at that offset lie in the padded argument."""
+        reach = [s * (n - 1) + 1 for s, n in zip(self.stride, size)]
         offsets = itertools.product(*(range(0, d * k, d) for d, k in zip(self.dilation, self.kernel)))
-        found = []
-        for offset in offsets:
-            each: Any = (slice(o, o + r, s) for o, r, s in zip(offset, reach, self.stride))
-            found.append(x[(..., *each)])
-        return found
+        return [(..., *(slice(o, o + r, s) for o, r, s in zip(each, reach, self.stride))) for each in offsets]
