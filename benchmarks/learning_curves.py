@@ -20,7 +20,7 @@ NAMES = {
     "dfc": "DFC",
     "dfc_ss": "DFC-SS",
     "dfc_ssa": "DFC-SSA",
-    "dfc_fixed": "DFC-SS, fixed feedback",
+    "dfc_ss_fixed": "DFC-SS, fixed feedback",
 }
 
 
