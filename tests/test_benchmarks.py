@@ -42,12 +42,12 @@ def test_a_benchmark_prints_its_table_and_writes_its_figures(benchmark, tmp_path
     assert {"cpu", "torch", "date"} <= set(json.loads((tmp_path / f"{name}.json").read_text())["machine"])
 
 
-def test_the_benchmark_of_architectures_likewise(benchmark, tmp_path, capsys):
+def test_the_benchmark_of_convolutional_networks_likewise(benchmark, tmp_path, capsys):
     sizes = ["--batch=4", "--train-steps=1", "--repeats=1", "--threads=1"]
-    benchmark("architectures").main([*sizes, f"--out={tmp_path}"])
+    benchmark("convolutional").main([*sizes, f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("LeNet: DFC-SS, rtol 1e-5", "ResNet-8: DFC-SSA", "feedback, Sampled"))
-    assert len(json.loads((tmp_path / "architectures.json").read_text())["updates"]) == 18
+    assert len(json.loads((tmp_path / "convolutional.json").read_text())["updates"]) == 18
 
 
 def test_peak_memory_on_the_cpu_is_that_of_the_tensors_held_at_a_time(benchmark):

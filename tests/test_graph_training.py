@@ -25,6 +25,7 @@ from dfc_lightning.callbacks import AlignmentMonitor
 from dfc_lightning.callbacks.conditions import Conditions
 from dfc_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST
 from dfc_lightning.models import Classifier, LeNet, ResNet
+from dfc_lightning.settling import Trajectory
 
 BATCHES, BATCH = 5, 8
 EVERYTHING = FeedbackLearning(method=SHORT, initial_passes=1, passes_per_epoch=1, every_n_batches=2)
@@ -452,3 +453,12 @@ def test_two_processes_equal_one_on_the_joint_batch(name, two):
     apart = distance(learned(*fitted(name, 1, joint=2)), torch.load(two / f"{name}.pt"))
     worst = max(apart, key=apart.get)
     assert apart[worst] <= 1e-10, (worst, apart[worst])
+
+
+def test_the_closed_form_of_time_is_refused_before_training():
+    module = Classifier(LeNet(size=28))
+    trainer = quiet(DFCStrategy(DFC(settling=Trajectory(), integrate=True)))
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(ControlError, match=r"settling=Trajectory\(\.\.\.\) is for chains.*Euler"):
+        trainer.fit(module, loader(TensorDataset(torch.randn(8, 1, 28, 28), torch.arange(8))))
+    assert all(map(torch.equal, before, module.parameters()))

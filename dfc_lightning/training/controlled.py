@@ -111,7 +111,14 @@ class ControlledTraining(Strategy):
                 "loss and leave the optimizer steps to Lightning."
             )
         _refuse_compiled(module)
-        ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
+        network = ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
+        settling = getattr(self.rule, "settling", None)
+        if network.is_graph and settling is not None and settling.chains_only:
+            raise ControlError(
+                f"settling={type(settling).__name__}(...) is for chains of dense layers, and {type(module).__name__} has "
+                "other layers. Simulate with settling=Euler(...), or take the steady state with settling=SteadyState() "
+                "and integrate=False."
+            )
 
     def _take_control(self, module: pl.LightningModule, seed: int | None = None) -> None:
         if self.seed is not None:

@@ -111,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("update", "ms", "× backprop", "worst residual", "converged", "iterations"),
         [(name, *(result[c] for c in columns)) for name, result in results.items()],
     )
-    harness.report("architectures", options, {"updates": results}, text)
+    harness.report("convolutional", options, {"updates": results}, text)
     ratios = {name: result["ratio"] for name, result in results.items()}
-    harness.figure("architectures", options, 1, 1, lambda axes: harness.bars(axes, ratios, "time, in backprop steps"))
+    harness.figure("convolutional", options, 1, 1, lambda axes: harness.bars(axes, ratios, "time, in backprop steps"))
 
 
 if __name__ == "__main__":
