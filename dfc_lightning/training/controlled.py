@@ -115,7 +115,7 @@ class ControlledTraining(Strategy):
         settling = getattr(self.rule, "settling", None)
         if network.is_graph and settling is not None and settling.chains_only:
             raise ControlError(
-                f"settling={type(settling).__name__}(...) is for chains of dense layers, and {type(module).__name__} has "
+                f"settling={type(settling).__name__}(...) is for chains of dense layers; {type(module).__name__} has "
                 "other layers. Simulate with settling=Euler(...), or take the steady state with settling=SteadyState() "
                 "and integrate=False."
             )
