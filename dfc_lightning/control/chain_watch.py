@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ class FirstWatch(GraphWatch):
         points: Sequence[ControlPoint],
         at_output: Callable[..., Tensor],
         dtype: torch.dtype,
+        fixed: Iterable[Tensor] = (),
     ) -> None:
-        super().__init__(points, self._decide, dtype)
+        super().__init__(points, self._decide, dtype, fixed)
         self.recorder = OperationRecorder()
         self.modes = [self.recorder, self.tape]
         self.inputs: list[Tensor] = []

@@ -141,7 +141,10 @@ class Graph:
     def jacobians(self, activity: GraphActivity) -> list[Tensor]:
         """J_i = ∂r_L/∂v_i, one (B, n_L, n_i) a point."""
         pull = self._pull(activity)
-        rows = [pull(e.expand(activity.batch_size, -1)) for e in torch.eye(self.outputs).to(activity.output)]
+        rows = [
+            pull(e.expand(activity.batch_size, -1))
+            for e in torch.eye(self.outputs, dtype=activity.output.dtype, device=activity.output.device)
+        ]
         return [torch.stack(each, dim=1) for each in zip(*rows)]
 
     def output_gain(self, activity: GraphActivity, response: GraphResponse | None = None) -> Tensor:

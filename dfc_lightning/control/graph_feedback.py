@@ -122,8 +122,14 @@ def check_samples_are_independent(activity: GraphActivity) -> None:
             raise _entangled(each.name, f" ({error})") from error
         for slot, value in zip(each.outputs, values):
             seen = frame[slot]
-            if value.shape != seen.shape or not torch.allclose(value, seen, rtol, rtol * float(seen.abs().max())):
+            if value.shape != seen.shape or not _alike(value, seen, rtol):
                 raise _entangled(each.name)
+
+
+def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:
+    if not seen.is_floating_point():
+        return torch.equal(value, seen)
+    return torch.allclose(value, seen, rtol, rtol * float(seen.abs().max()))
 
 
 def _entangled(name: str, cause: str = "") -> ControlError:

@@ -213,7 +213,7 @@ class ControlledNetwork:
                 self._recognise(activity, order)
                 return at_output(activity, output)
 
-            return GraphWatch(self._layers, graph_seen, self.dtype)
+            return GraphWatch(self._layers, graph_seen, self.dtype, self.module.buffers())
         if not self._seen:
 
             def first_seen(
@@ -232,7 +232,7 @@ class ControlledNetwork:
                 self._settle_order(order, found)
                 return at_output(self._activity(watch.inputs, watch.voltages, adopt=True), output)
 
-            return FirstWatch(self._layers, first_seen, self.dtype)
+            return FirstWatch(self._layers, first_seen, self.dtype, self.module.buffers())
 
         check = self.module.training not in self._seen
 

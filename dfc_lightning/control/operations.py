@@ -86,30 +86,46 @@ class Operation:
 
     def tangents(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
         """The same to first order."""
-        inputs = {s: (frame[s], torch.zeros_like(frame[s]) if moved[s] is None else moved[s]) for s in self.inputs}
+        floats = [s for s in self.inputs if frame[s].is_floating_point()]
+        kept = [k for k, s in enumerate(self.outputs) if frame[s].is_floating_point()]
+        found: list[Tensor | None] = [None] * len(self.outputs)
+        if not floats or not kept:
+            return found
 
         def run(*values: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip(inputs, values))
-            return tuple(self.at(given.__getitem__, frame.dtype))
+            given = {s: frame[s] for s in self.inputs} | dict(zip(floats, values))
+            results = self.at(given.__getitem__, frame.dtype)
+            return tuple(results[k] for k in kept)
 
-        values, changes = zip(*inputs.values())
-        return torch.func.jvp(run, values, changes)[1]
+        changes = [torch.zeros_like(frame[s]) if (d := moved[s]) is None else d for s in floats]
+        for k, change in zip(kept, torch.func.jvp(run, tuple(frame[s] for s in floats), tuple(changes))[1]):
+            found[k] = change
+        return found
 
     def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
-        """The change of its results, one an output, when its inputs change by ``moved``."""
-        wide = {s: frame[s].double() for s in self.inputs}
+        """The change of its results, one an output, when its inputs change by ``moved``.
+
+        Of numbers that are no floats, such as masks and indices, it is not the change that moves on but the new value.
+        """
+        wide = {s: constant(frame[s], torch.float64) for s in self.inputs}
         before = frame.once(self, lambda: self.at(wide.__getitem__, torch.float64))
         for slot in self.inputs:
             if (change := moved[slot]) is not None:
-                wide[slot] = wide[slot] + change.double()
+                wide[slot] = wide[slot] + change.double() if wide[slot].is_floating_point() else change
         after = self.at(wide.__getitem__, torch.float64)
-        return [(a - b).to(frame[slot].dtype) for a, b, slot in zip(after, before, self.outputs)]
+        return [
+            (a - b).to(frame[slot].dtype) if a.is_floating_point() else a
+            for a, b, slot in zip(after, before, self.outputs)
+        ]
 
     def at(self, value: Callable[[Slot], Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
         """The operation with other values in its slots."""
         args, kwargs = _filled((self.args, self.kwargs), value, dtype)
         if writes_into_argument(self.function, args, kwargs):
-            args = [args[0].clone(), *args[1:]]
+            if args:
+                args = [args[0].clone(), *args[1:]]
+            else:
+                kwargs = {**kwargs, "input": kwargs["input"].clone()}
         return tensors_of(self.function(*args, **kwargs))
 
 
@@ -125,10 +141,13 @@ class Linear(Exact):
 
     def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
         def change(slot: Slot) -> Tensor:
-            found = moved[slot]
-            return torch.zeros_like(frame[slot]) if found is None else found
+            found, value = moved[slot], frame[slot]
+            if found is not None:
+                return found
+            return torch.zeros_like(value) if value.is_floating_point() else value
 
-        return self.at(change, frame.dtype)
+        args, kwargs = _filled((self.args, self.kwargs), change, frame.dtype, still=True)
+        return tensors_of(self.function(*args, **kwargs))
 
 
 class Reshape(Exact):
@@ -148,6 +167,13 @@ class Reshape(Exact):
 
     def _reshaped(self, value: Tensor) -> Tensor:
         return value.reshape(value.shape[0], *self.shape)
+
+
+class Expand(Reshape):
+    """The same along new or single positions, for any number of samples."""
+
+    def _reshaped(self, value: Tensor) -> Tensor:
+        return value.expand(value.shape[0], *self.shape)
 
 
 class Same(Exact):
@@ -198,7 +224,9 @@ class Product(Operation):
         return self._changes(frame, moved, 1.0)
 
     def _changes(self, frame: Frame, moved: Deviations, second_order: float) -> Sequence[Tensor | None]:
-        (x, dx), (y, dy) = ((frame[a], moved[a]) if isinstance(a, Slot) else (a, None) for a in _two(self.args, {}))
+        (x, dx), (y, dy) = (
+            (frame[a], moved[a]) if isinstance(a, Slot) else (a, None) for a in _two(self.args, self.kwargs)
+        )
         if dy is None:
             assert dx is not None
             return [dx * y]
@@ -286,15 +314,17 @@ def slots_in(tree: Any) -> list[Slot]:
     return list(dict.fromkeys(found))
 
 
-def _filled(tree: Any, value: Callable[[Slot], Tensor], dtype: torch.dtype) -> Any:
+def _filled(tree: Any, value: Callable[[Slot], Tensor], dtype: torch.dtype, still: bool = False) -> Any:
+    """Arguments with tensors in their slots; ``still`` puts zeros for other numbers, which do not move."""
     if isinstance(tree, Slot):
         return value(tree)
     if isinstance(tree, Tensor):
-        return constant(tree, dtype)
+        fixed = constant(tree, dtype)
+        return torch.zeros_like(fixed) if still and fixed.is_floating_point() else fixed
     if isinstance(tree, dict):
-        return {k: _filled(v, value, dtype) for k, v in tree.items()}
+        return {k: _filled(v, value, dtype, still) for k, v in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(_filled(v, value, dtype) for v in tree)
+        return type(tree)(_filled(v, value, dtype, still) for v in tree)
     return tree
 
 
@@ -304,5 +334,5 @@ def constant(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _two(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    second = args[1] if len(args) > 1 else kwargs["other"]
-    return args[0], second
+    found = [*args[:2], *(kwargs[name] for name in ("input", "other") if name in kwargs)]
+    return found[0], found[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from dfc_lightning.control.batch_norm import BatchNorm
 from dfc_lightning.control.nonlinearity import Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
 from dfc_lightning.control.operations import (
+    Expand,
     Linear,
     Operation,
     Product,
@@ -24,6 +25,7 @@ from dfc_lightning.control.pooling import MaxPool
 
 _WEIGHTED = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}
 _SAME = {"to", "float", "half", "double", "bfloat16", "type_as", "clone", "contiguous", "detach", "alias"}
+_EXPAND = {"expand", "expand_as", "broadcast_to"}
 _RESHAPE = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 _LINEAR = {"mean", "sum", "neg", "__neg__", "cat", "concat", "concatenate", "stack", "chunk", "split", "unbind"}
 _LINEAR |= {"permute", "transpose", "movedim", "swapaxes", "squeeze", "unsqueeze", "__getitem__", "narrow", "select"}
@@ -35,8 +37,7 @@ _PRODUCT = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
 _RATES: dict[str, Nonlinearity] = {"relu": ReLU, "tanh": Tanh(), "sigmoid": Sigmoid()}
 _OTHER_RATES = {"relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish"}
 _OTHER_RATES |= {"hardsigmoid", "logsigmoid", "softsign", "tanhshrink", "hardshrink", "softshrink", "sin", "exp"}
-RANDOM = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax", "bernoulli", "bernoulli_"}
-RANDOM |= {"multinomial", "poisson", "normal_", "uniform_", "scaled_dot_product_attention"}
+_RANDOM = {"gumbel_softmax", "bernoulli", "bernoulli_", "multinomial", "poisson", "normal_", "uniform_"}
 
 
 def operation(
@@ -61,7 +62,9 @@ def operation(
     name = getattr(function, "__name__", str(function))
     one = len(inputs) == 1 and len(outputs) == 1
     same_shape = one and values[inputs[0]].shape == values[outputs[0]].shape
-    if name in _WEIGHTED and one and args[:1] == (inputs[0],):
+    if not all(values[s].is_floating_point() for s in (*inputs, *outputs)):
+        return Operation(*call)
+    if name in _WEIGHTED and one and len(args) > 0 and args[0] is inputs[0]:
         return Weighted(*call)
     if name == "batch_norm" and one:
         return BatchNorm(*call, x=values[inputs[0]])
@@ -69,6 +72,8 @@ def operation(
         return Same(*call)
     if name in _RESHAPE and one and values[outputs[0]].shape[:1] == values[inputs[0]].shape[:1]:
         return Reshape(*call, shape=values[outputs[0]].shape)
+    if name in _EXPAND and one and values[outputs[0]].dim() == values[inputs[0]].dim():
+        return Expand(*call, shape=values[outputs[0]].shape)
     if name in _SUM and len(outputs) == 1:
         return Sum(*call, sign=_SUM[name])
     if name in _PRODUCT and len(outputs) == 1:
@@ -93,3 +98,13 @@ def _nonlinearity(call: Operation) -> Nonlinearity | None:
     if name not in _OTHER_RATES:
         return None
     return Elementwise(lambda v: call.at(lambda slot: v, v.dtype)[0])
+
+
+def draws_random_numbers(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers, other than dropout."""
+    if name == "scaled_dot_product_attention":
+        return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p"))
+    place = {"alpha_dropout": 2, "feature_alpha_dropout": 2, "rrelu": 3, "rrelu_": 3}.get(name)
+    if place is not None:
+        return bool(args[place] if len(args) > place else kwargs.get("training", kwargs.get("train", False)))
+    return name in _RANDOM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from dfc_lightning.control.operations import (
     tensors_of,
     writes_into_argument,
 )
-from dfc_lightning.control.recognise import RANDOM, operation
+from dfc_lightning.control.recognise import draws_random_numbers, operation
 
 
 class Passage(Operation):
@@ -43,6 +43,17 @@ def _hand_on(value: Tensor) -> Tensor:
     return value
 
 
+def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    value = value.clone()
+    value[index] = item
+    return value
+
+
+def _moves_statistics(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    named = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"), args)) | kwargs
+    return named.get("running_mean") is not None and named.get("use_input_stats", True)
+
+
 class Tape(TorchFunctionMode):
     """Records what becomes of the layers' inputs while it is entered.
 
@@ -52,10 +63,12 @@ class Tape(TorchFunctionMode):
     Args:
         layers: how many layers there are.
         at_output: called with the output; what it returns takes the output's place.
+        fixed: tensors that have no row a sample, whatever their shape.
     """
 
-    def __init__(self, layers: int, at_output: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, layers: int, at_output: Callable[[Tensor], Tensor], fixed: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._fixed = {id(tensor) for tensor in fixed}
         self.operations: list[Operation] = []
         self.output: Slot | None = None
         self._all, self._at_output = (1 << layers) - 1, at_output
@@ -63,31 +76,56 @@ class Tape(TorchFunctionMode):
         self._passed: list[int] = []
         self._slot: dict[int, Slot] = {}
         self._alive: list[Tensor] = []  # what has a slot must keep its id
+        self._stale: set[int] = set()
         self._paused = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or self.output is not None or not self._concerned(args, kwargs):
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name.endswith("_like") or name.startswith("new_"):
+        if self._paused or not self._concerned(args, kwargs) or name.endswith("_like") or name.startswith("new_"):
             return func(*args, **kwargs)
+        if self.output is not None:
+            return self._beside(name, func(*args, **kwargs), args, kwargs)
         if name.startswith("dropout") or name == "feature_dropout":
             return self._dropout(func, args, kwargs)
-        if name in RANDOM and not (name == "scaled_dot_product_attention" and not kwargs.get("dropout_p")):
+        if draws_random_numbers(name, args, kwargs):
             raise ControlError(
                 f"The network draws random numbers in {name}, which cannot be drawn alike while it settles. Use "
                 "nn.Dropout, whose masks are kept, or take it out."
             )
         slots = self._with_slots(args), self._with_slots(kwargs)
         overwrites = writes_into_argument(func, args, kwargs)
-        if overwrites and isinstance(slots[0][0], Slot):
+        if kwargs.get("out") is not None or (name == "instance_norm" and _moves_statistics(args, kwargs)):
+            raise ControlError(
+                f"The call of {name} writes into a tensor from outside, and would do so again and again while the "
+                "network settles. Leave out=… away, and track_running_stats."
+            )
+        if name == "__setitem__":
             self._keep(args[0])
+            target = self.enter(args[0])
+            func(*args, **kwargs)
+            self._record(_with_item, (target, *slots[0][1:]), {}, args[0], True)
+            return None
+        if overwrites:
+            self._keep(args[0] if args else kwargs["input"])
         result = func(*args, **kwargs)
         self._record(func, slots[0], slots[1], result, overwrites)
         return self.look(result)
+
+    def _beside(self, name: str, result: Any, args: Any, kwargs: Any) -> Any:
+        """Complain of what hidden layers send past the output: no error would come back that way."""
+        if torch.is_grad_enabled() and name != "detach" and any(t.is_floating_point() for t in tensors_of(result)):
+            for tensor in tensors_of([*args, *kwargs.values()]):
+                slot = self._slot.get(id(tensor))
+                if slot is not None and slot != self.output and self._passed[slot]:
+                    raise ControlError(
+                        f"What a hidden layer has computed is used in {name} beside the network's output, which all "
+                        "layers have been passed for. Feedback control takes the loss of that output alone: let the "
+                        "last layer come last, and detach() what is only to be looked at."
+                    )
+        return result
 
     def enter(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, a new one if it comes from outside."""
@@ -151,15 +189,22 @@ class Tape(TorchFunctionMode):
     def _keep(self, tensor: Tensor) -> None:
         """Copy what is about to be overwritten: this tensor, and what else lies in its memory."""
         storage = tensor.untyped_storage().data_ptr()
-        for slot, value in enumerate(self._values):
+        for slot, (value, owner) in enumerate(zip(self._values, self._alive)):
             if value.untyped_storage().data_ptr() == storage:
                 self._values[slot] = value.clone()
+                if owner is not tensor:
+                    self._stale.add(id(owner))  # a view, or what this is one of: it changes with it, unseen
 
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         return any(id(t) in self._slot for t in tensors_of([*args, *kwargs.values()]))
 
     def _with_slots(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
+            if id(tree) in self._stale:
+                raise ControlError(
+                    "A tensor is used after a view of it, or what it is a view of, was overwritten in place. While the "
+                    "network settles that cannot be followed; use the operation that is not in place."
+                )
             slot = self._slot.get(id(tree))
             if slot is None and self._is_of_samples(tree):
                 slot = self._new(tree, 0)
@@ -173,7 +218,8 @@ class Tape(TorchFunctionMode):
     def _is_of_samples(self, tensor: Tensor) -> bool:
         """Whether a tensor from outside has a row a sample; that it was right to think so is checked by the graph."""
         batch = self._values[0].shape[0]
-        return not isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and tensor.shape[0] == batch
+        fixed = isinstance(tensor, nn.Parameter) or id(tensor) in self._fixed
+        return not fixed and tensor.dim() > 1 and tensor.shape[0] == batch
 
     def _new(self, tensor: Tensor, passed: int) -> Slot:
         slot = Slot(len(self._values))
@@ -184,32 +230,30 @@ class Tape(TorchFunctionMode):
         return slot
 
     def _record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, overwrites: bool) -> None:
-        made = [t for t in tensors_of(result) if t.is_floating_point()]
-        if not made or len(made) != len(tensors_of(result)):
-            self._record_some(func, args, kwargs, result)
-            return
-        if not overwrites and all(id(t) in self._slot for t in made):
-            return  # what was there before
+        made = tensors_of(result)
+        if not made or (not overwrites and all(id(t) in self._slot for t in made)):
+            return  # nothing to follow, or what was there before
         inputs, passed = slots_in((args, kwargs)), 0
         for slot in inputs:
             passed |= self._passed[slot]
+        if passed and any(t.is_complex() for t in made):
+            raise ControlError(
+                f"The network computes with complex numbers in {getattr(func, '__name__', func)}, which feedback "
+                "control cannot follow. Write it with real ones, or freeze the layers before it with "
+                "requires_grad_(False)."
+            )
         outputs = [self._new(t, passed) for t in made]
         self.operations.append(operation(func, args, kwargs, inputs, outputs, self._values))
-
-    def _record_some(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
-        """Of values and indices, as max-pooling may return, only the values pass deviations."""
-        first = tensors_of(result)[:1]
-        if first and first[0].is_floating_point():
-            self._record(lambda *a, **k: func(*a, **k)[0], args, kwargs, first[0], False)
 
     def _dropout(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         named = dict(zip(("input", "p", "training", "inplace"), args)) | kwargs
         x = named["input"]
         self._paused = True
-        mask = func(torch.ones_like(x), named.get("p", 0.5), named.get("training", True), False)
+        ones = torch.ones_like(x)
+        mask = func(ones, *args[1:], **kwargs) if args else func(**{**kwargs, "input": ones})
         source, kept = self.enter(x), self._new(mask, 0)
         result = x * mask
-        if named.get("inplace"):
+        if named.get("inplace") or getattr(func, "__name__", "").endswith("_"):
             self._keep(x)
             result = x.copy_(result)
         target = self._new(result, self._passed[source])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,18 @@ from torch.overrides import TorchFunctionMode
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.nonlinearity import Identity
-from dfc_lightning.control.operations import Frame, Operation, Product, Rate, Reshape, Same, Slot, Sum, Weighted
+from dfc_lightning.control.operations import (
+    Frame,
+    Operation,
+    Product,
+    Rate,
+    Reshape,
+    Same,
+    Slot,
+    Sum,
+    Weighted,
+    constant,
+)
 from dfc_lightning.control.points import ControlPoint
 from dfc_lightning.control.pooling import MaxPool
 from dfc_lightning.control.segments import LAYERS, Segment
@@ -26,6 +37,7 @@ class GraphWatch:
         points: the layers and normalisations that are to be passed.
         at_output: called with the activity, the points in order and the output; what it returns takes its place.
         dtype: of the activity.
+        fixed: see :class:`Tape`.
     """
 
     def __init__(
@@ -33,12 +45,13 @@ class GraphWatch:
         points: Sequence[ControlPoint],
         at_output: Callable[[GraphActivity, list[ControlPoint], Tensor], Tensor],
         dtype: torch.dtype,
+        fixed: Iterable[Tensor] = (),
     ) -> None:
         parts = {id(m): ControlPoint(p.name, m) for p in points for m in (p.layer, p.norm) if m is not None}
         self.names = {id(p.layer): p.name for p in points} | {id(p.norm): f"{p.name}'s norm" for p in points if p.norm}
         self.bits = {key: 1 << k for k, key in enumerate(parts)}
         self.waiting = parts
-        self.tape = Tape(len(parts), self._reached)
+        self.tape = Tape(len(parts), self._reached, fixed)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
         self.modes: list[TorchFunctionMode] = [self.tape]
@@ -83,6 +96,12 @@ class GraphWatch:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             self._join_norms(self.tape.program())
             program = self.tape.program()
+            for each in program:
+                if each.name == "detach":
+                    raise ControlError(
+                        "The network's output depends on a detach() within it: what is fed forward there, no error "
+                        "comes back for. Take it out, or freeze the layers before it with requires_grad_(False)."
+                    )
             makers: dict[int, Operation] = {s: each for each in program for s in each.outputs}
             users: dict[int, list[Operation]] = {}
             for each in program:
@@ -117,10 +136,12 @@ class GraphWatch:
 
     def _frame(self, program: Sequence[Operation]) -> Frame:
         frame = self.tape.frame()
-        if frame.dtype == self._dtype and frame[self.tape.output or 0].dtype == self._dtype:
+        used = {int(s) for each in program for s in (*each.inputs, *each.outputs)}
+        frame.values = [v if k in used else None for k, v in enumerate(frame.values)]
+        floats = [v for v in frame.values if v is not None and v.is_floating_point()]
+        if all(v.dtype == self._dtype for v in floats):
             return frame
-        made = {int(s) for each in program for s in each.outputs}
-        values = [v.to(self._dtype) if v is not None and k not in made else v for k, v in enumerate(frame.values)]
+        values = [None if v is None else constant(v, self._dtype) for v in frame.values]
         full = Frame(values, frame.batch, self._dtype)  # autocast: a pass in full precision to settle from
         for each in program:
             for slot, value in zip(each.outputs, each.values(full)):
@@ -158,6 +179,7 @@ def not_reached(names: list[str], some: bool) -> ControlError:
     )
 
 
+_NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
 _POOLING = tuple(f"{kind}pool{n}d" for kind in ("max_", "avg_", "adaptive_avg_", "adaptive_max_") for n in (1, 2, 3))
 
 
@@ -170,13 +192,18 @@ def _segment(point: ControlPoint, passage: Passage, makers: dict[int, Operation]
         if norm is not None and point.norm is not None:
             wire = makers[norm.inputs[0]]
             layer = makers[wire.inputs[0]]
+    normed = point.layer if layer is None else point.norm
     first = layer or norm
-    if first is None or len(first.inputs) != 1 or (layer is not None and not isinstance(layer, Weighted)):
+    plain = first is not None and len(first.inputs) == 1
+    if layer is not None:
+        plain = plain and isinstance(layer, Weighted) and _has(layer, point.layer)
+    if norm is not None:
+        plain = plain and norm.name in _NORMS and _has(norm, normed)
+    if not plain:
         raise ControlError(
             f"The layer {point.name!r} does more than multiply its input with its weights. Feedback control teaches "
             "torch's own linear and convolutional layers and normalisations; freeze it with requires_grad_(False)."
         )
-    normed = point.layer if layer is None else point.norm
     return Segment(
         layer,
         norm,
@@ -185,6 +212,12 @@ def _segment(point: ControlPoint, passage: Passage, makers: dict[int, Operation]
         getattr(normed, "weight", None),
         getattr(normed, "bias", None),
     )
+
+
+def _has(call: Operation, module: nn.Module | None) -> bool:
+    """Whether a call was given a module's own parameters, as they are."""
+    given = [id(value) for value in (*call.args, *call.kwargs.values())]
+    return all(id(p) in given for p in (module.parameters(recurse=False) if module is not None else ()))
 
 
 def _site(passage: Passage, users: dict[int, list[Operation]], frame: Frame) -> Site:

@@ -180,8 +180,8 @@ class FeedbackLearner:
         method, share = self.learning.method, 1.0
         every = max(self.learning.every_nth_sample, method.every_nth_sample(chain))
         if every > 1:
-            number = torch.arange(len(output), device=output.device) * ranks.world_size + ranks.rank
-            taken = (number % every == 0).nonzero().squeeze(1)
+            mine = (i for i in range(len(output)) if (i * ranks.world_size + ranks.rank) % every == 0)
+            taken = torch.tensor(list(mine), device=output.device, dtype=torch.long)
             if len(taken) == 0:
                 return [q.new_zeros(q.shape[0], q.shape[1] + method.gated) for q in chain.feedback]
             activity = activity.samples(taken)

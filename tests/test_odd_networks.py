@@ -1,0 +1,169 @@
+"""Networks written in unusual ways: each is followed exactly, or refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import close
+from torch import Tensor, nn
+
+from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
+
+
+class Two(nn.Module):
+    """A layer, anything, a layer."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 7, after: Callable | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.between, self.after = nn.Linear(5, 7), nn.Linear(width, 3), between, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out = self.b(self.between(h))
+        return out if self.after is None else self.after(out, h)
+
+
+def written(h: Tensor) -> Tensor:
+    h = torch.tanh(h) * 1
+    h[h.abs() > 0.7] = 0.0
+    return h
+
+
+def filled(h: Tensor) -> Tensor:
+    buffer = torch.zeros(len(h), 9, dtype=h.dtype)
+    buffer[:, 1:8] = torch.tanh(h)
+    return buffer
+
+
+MASK = torch.arange(6).remainder(2).bool().unsqueeze(1)
+FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "a mask of its own": (lambda h: h * (h > 0), 7),
+    "where": (lambda h: torch.where(h > 0, h, 0.2 * h), 7),
+    "masked fill": (lambda h: h.masked_fill(MASK[: len(h)], 0.0), 7),
+    "written into": (written, 7),
+    "written into a buffer": (filled, 9),
+    "scalars on the left": (lambda h: 1 - torch.sigmoid(2 / (h.square() + 1)), 7),
+    "keywords": (lambda h: torch.mul(input=torch.add(input=h, other=h.tanh()), other=h), 7),
+    "expand": (lambda h: h.tanh() + h.mean(1, keepdim=True).expand(h.shape[0], 7), 7),
+    "indices": (lambda h: h.gather(1, h.argsort(1)[:, :4]), 4),
+    "top values": (lambda h: h.topk(3, dim=1).values, 3),
+    "swish by hand": (lambda h: h * torch.sigmoid(h), 7),
+    "softmax": (lambda h: h.softmax(1) * h, 7),
+    "normalised by itself": (lambda h: h / h.norm(dim=1, keepdim=True), 7),
+    "in place": (lambda h: (h * 1.0).mul_(2).add_(1).relu_(), 7),
+    "dropout not in training": (lambda h: torch.dropout(h, 0.5, False).tanh(), 7),
+    "alpha dropout not in training": (lambda h: F.alpha_dropout(h, 0.5, False).tanh(), 7),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_followed_is_followed_exactly(name):
+    between, width = FOLLOWED[name]
+    torch.manual_seed(0)
+    net = Two(between, width).double()
+    controlled = ControlledNetwork(net, general=True)
+    for x in (torch.randn(6, 5, dtype=torch.float64) * scale for scale in (0.3, 3.0)):
+        y = torch.arange(6) % 3
+        plain = copy.deepcopy(net)
+        F.cross_entropy(plain(x), y).backward()
+        net.zero_grad()
+        with controlled.taught_by(Backprop()):
+            loss = F.cross_entropy(controlled(x), y)
+        loss.backward()
+        for ours, theirs in zip(net.parameters(), plain.parameters()):
+            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
+        activity, graph = controlled.observe(x), controlled.chain()
+        apical = [torch.randn(6, n, dtype=torch.float64) for n in graph.widths]
+        pushed = net.b(between(net.a(x) + apical[0])) + apical[1]
+        assert close(graph.respond(activity, apical).output, pushed - net(x), 1e-9)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class ChannelsLast(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv1d(1, 4, 2), norm, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.norm(self.a(x.unsqueeze(1)))).mean(2))
+
+
+def half_in_place(h: Tensor) -> Tensor:
+    h[:, :2].relu_()
+    return h
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "past the last layer": (Two(torch.tanh, after=lambda o, h: o + h[:, :3]), "beside the network's output"),
+    "gating the output": (Two(torch.tanh, after=lambda o, h: o * torch.sigmoid(h[:, :3])), "beside the network's"),
+    "beside the output": (Two(torch.tanh, after=lambda o, h: torch.cat([o, h], 1)), "beside the network's output"),
+    "complex numbers": (Two(lambda h: h + torch.fft.fft(h).real), "complex numbers in fft_fft"),
+    "straight through": (Two(lambda h: h + (torch.sign(h) - h).detach()), r"depends on a detach\(\)"),
+    "a view overwritten": (Two(half_in_place), "after a view of it"),
+    "random dropout": (Two(lambda h: F.alpha_dropout(h, 0.5, True)), "random numbers in alpha_dropout"),
+    "its weight transformed": (nn.Sequential(Standardised(5, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"),
+    "a norm of its own": (Normed(ChannelsLast(4)), "more than multiply"),
+    "moving statistics": (
+        Normed(nn.InstanceNorm1d(4, track_running_stats=True)),
+        "writes into a tensor from outside",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_followed_is_refused(name):
+    module, message = REFUSED[name]
+    net = ControlledNetwork(module, general=True)
+    with pytest.raises(ControlError, match=message), net.taught_by(DFC()):
+        F.cross_entropy(net(torch.randn(6, 5)), torch.arange(6) % 3)
+
+
+def test_a_chain_may_not_go_past_its_last_layer_either():
+    net = ControlledNetwork(Two(torch.tanh, after=lambda o, h: o + h[:, :3]))
+    with pytest.raises(ControlError, match="beside the network's output"), net.taught_by(DFC()):
+        net(torch.randn(6, 5))
+
+
+def test_hidden_activity_may_be_looked_at():
+    seen: list[float] = []
+
+    def look(out: Tensor, h: Tensor) -> Tensor:
+        seen.append(float(h.detach().norm()))
+        return out
+
+    net = ControlledNetwork(Two(torch.tanh, after=look), general=True)
+    with net.taught_by(DFC()):
+        loss = F.cross_entropy(net(torch.randn(6, 5)), torch.arange(6) % 3)
+    loss.backward()
+    assert len(seen) == 1 and seen[0] > 0
+
+
+def test_a_buffer_as_long_as_the_batch_is_no_batch():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.register_buffer("place", torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x) + self.place).mean(1))
+
+    net = ControlledNetwork(Positions())
+    for batch in (8, 6):
+        with net.taught_by(DFC()) as lesson:
+            loss = F.cross_entropy(net(torch.randn(batch, 6, 5)), torch.arange(batch) % 3)
+        loss.backward()
+        assert lesson.settled.converged.all()
