@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -187,3 +188,21 @@ def test_noise_keeps_the_network_moving_to_the_last_step() -> None:
 def test_a_speed_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="stop_below=0.0 is not possible: give a relative change"):
         Euler(stop_below=0.0)
+
+
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("setting", ["large steps", "slow apical", "delayed", "instant", "relu, clamped"])
+def test_compiled_steps_are_the_same(setting: str) -> None:
+    hidden, feedback, options, controller, stepsize = SETTINGS[setting]
+    case = make(((6, 5, 4, 3), hidden, "squared"), feedback)
+    common = (case.chain, case.activity, -stepsize * case.loss_grad, controller, "rate_difference", False)
+    eager, compiled = (
+        Euler(steps=20, **options, compiled=fast).settle_and_integrate(*common) for fast in (False, True)
+    )
+    assert close(compiled[0].control, eager[0].control, 1e-12)
+    for ours, theirs in zip(compiled[1], eager[1]):
+        assert all(close(a, b, 1e-12) for a, b in zip(ours, theirs))

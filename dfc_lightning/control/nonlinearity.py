@@ -71,7 +71,8 @@ class Tanh(Nonlinearity):
     def difference(self, v: Tensor, r: Tensor, d: Tensor, slope: Tensor | None = None) -> Tensor:
         gain = self.slope(v, r) if slope is None else slope
         # On the CPU a look at the largest d is free, and mostly saves transcendental functions.
-        largest = float(d.abs().amax()) if d.device.type == "cpu" and d.numel() else torch.inf
+        look = d.device.type == "cpu" and d.numel() and not torch.compiler.is_compiling()
+        largest = float(d.abs().amax()) if look else torch.inf
         if largest < _CUBIC[d.dtype]:
             t = d * d
             torch.addcmul(d, t, d, value=-1 / 3, out=t)

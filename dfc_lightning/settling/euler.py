@@ -15,6 +15,7 @@ from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.graph import Graph
 from dfc_lightning.control.plasticity import Plasticity
 from dfc_lightning.control.wiring import GraphActivity
+from dfc_lightning.settling.compiled import CompiledDynamics
 from dfc_lightning.settling.dynamics import ControlledDynamics, Dynamics, TimeStep
 from dfc_lightning.settling.graph_dynamics import GraphDynamics
 from dfc_lightning.settling.settled import Settled, Simulation, Taught, at_rest, relative_residual
@@ -53,6 +54,9 @@ class Euler(Simulation):
         tolerance: see above.
         error_reduction: see above.
         stop_below: relative change per τ_u at which to stop, e.g. 1e-3; None to simulate all steps.
+        compiled: make the steps of a chain by torch.compile, with few fused kernels: for GPUs, where the launch of many
+            small ones takes the time (not measured on one yet). It compiles for some seconds at each new shape; on a
+            CPU it needs a C++ compiler and is about a fifth slower.
     """
 
     steps: int = 1000
@@ -66,6 +70,7 @@ class Euler(Simulation):
     tolerance: float = 1e-5
     error_reduction: float = 0.25
     stop_below: float | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "simulate at least one step")
@@ -136,6 +141,16 @@ class Euler(Simulation):
 
         return draw
 
+    def _dynamics(
+        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController
+    ) -> ControlledDynamics:
+        if isinstance(chain, Chain):
+            assert isinstance(activity, Activity)
+            kind = CompiledDynamics if self.compiled else Dynamics
+            return kind(chain, activity, offset, controller, self.time_step)
+        assert isinstance(chain, Graph) and isinstance(activity, GraphActivity)
+        return GraphDynamics(chain, activity, offset, controller, self.time_step)
+
     def _run(
         self,
         chain: Evaluator,
@@ -145,7 +160,7 @@ class Euler(Simulation):
         visit: Callable[[ControlledDynamics, int], None],
         noise: Noise | None,
     ) -> Settled:
-        dynamics = _dynamics(chain, activity, offset, controller, self.time_step)
+        dynamics = self._dynamics(chain, activity, offset, controller)
         kick = self.sigma * self.dt**0.5 / (self.apical_tau or self.dt)
         speed, made = self.stop_below or 0.0, 0
         while made < self.steps:
@@ -164,16 +179,6 @@ class Euler(Simulation):
         )
         residual = relative_residual(offset, dynamics.rates[-1], dynamics.u, leakage)
         return Settled(dynamics.u, dynamics.response(), residual, converged, made)
-
-
-def _dynamics(
-    chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController, step: TimeStep
-) -> ControlledDynamics:
-    if isinstance(chain, Chain):
-        assert isinstance(activity, Activity)
-        return Dynamics(chain, activity, offset, controller, step)
-    assert isinstance(chain, Graph) and isinstance(activity, GraphActivity)
-    return GraphDynamics(chain, activity, offset, controller, step)
 
 
 class _ChainSums:
