@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from dfc_lightning.callbacks.conditions import Conditions
+from dfc_lightning.callbacks.lessons import controlled
 from dfc_lightning.control.chain import Activity, Chain
 from dfc_lightning.control.checks import ControlError, require
 from dfc_lightning.control.evaluator import Evaluator, ForwardPass
@@ -23,7 +24,6 @@ from dfc_lightning.metrics import gauss_newton_update, update_angle
 from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm, Update
 from dfc_lightning.settling import Linearized
 from dfc_lightning.settling.inverse import DENSE_UP_TO
-from dfc_lightning.training.controlled import ControlledTraining
 
 REFERENCES = ("backprop", "gauss_newton", "minimum_norm", "ssa")
 CHEAP = ("backprop", "ssa")
@@ -97,18 +97,13 @@ class AlignmentMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(trainer.strategy, ControlledTraining):
-            raise ControlError(
-                f"AlignmentMonitor looks at the lessons of a feedback-control strategy, but the trainer has "
-                f"{type(trainer.strategy).__name__}. Give Trainer(strategy=DFCStrategy()), with rule=Backprop() to "
-                "look at backprop, or leave the callback out."
-            )
+        if stage == "fit":
+            controlled(trainer, self)
         self._updates = self._conditions = None
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = trainer.strategy
-        assert isinstance(strategy, ControlledTraining)
+        strategy = controlled(trainer, self)
         lesson, network = strategy.lesson, strategy.network
         if lesson is None or network is None or not lesson.taught:
             return
