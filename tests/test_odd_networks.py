@@ -12,6 +12,7 @@ from cases import close
 from torch import Tensor, nn
 
 from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
+from dfc_lightning.settling import SteadyState
 
 
 class Two(nn.Module):
@@ -167,3 +168,41 @@ def test_a_buffer_as_long_as_the_batch_is_no_batch():
             loss = F.cross_entropy(net(torch.randn(batch, 6, 5)), torch.arange(batch) % 3)
         loss.backward()
         assert lesson.settled.converged.all()
+
+
+class Bilinear(nn.Module):
+    """A layer of nobody's kind: a product of two linear maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)
+
+
+def test_a_named_module_is_a_point_as_a_whole():
+    torch.manual_seed(0)
+    net = nn.Sequential(Bilinear(), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+    controlled = ControlledNetwork(net, extra_points=["0"])
+    with controlled.taught_by(Backprop()):
+        loss = F.cross_entropy(controlled(x), y)
+    loss.backward()
+    ours = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    assert [p.name for p in controlled.points] == ["0", "2"]
+    assert all(close(a, p.grad, 1e-10) for a, p in zip(ours, net.parameters()))
+    net.zero_grad()
+    with controlled.taught_by(DFC(settling=SteadyState(rtol=1e-11), target_stepsize=0.3)) as lesson:
+        loss = F.cross_entropy(controlled(x), y)
+    loss.backward()
+    u, q = lesson.settled.control, controlled.feedback[0].detach()
+    v = net[0](x).detach()
+    signal = torch.tanh(v + u @ q.T) - torch.tanh(v)  # Eq. (5), whatever the layer
+    leaves = list(net[0].parameters())
+    expected = torch.autograd.grad(net[0](x), leaves, signal)
+    assert all(close(p.grad, -e / (0.3 * 6), 1e-9) for p, e in zip(leaves, expected))
+    with pytest.raises(ControlError, match=r"'9' is no submodule"):
+        ControlledNetwork(net, extra_points=["9"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -59,6 +59,8 @@ class ControlledNetwork:
             ``"dense"``, C·H·W·n_L weights; ``"channel"``, C·n_L weights, all positions hearing the same; ``"auto"``,
             dense up to ``DENSE_FEEDBACK_UP_TO`` weights a point.
         general: treat a chain as any other network, without its closed forms.
+        extra_points: names of submodules of other kinds whose output, as a whole, is a control point too. Each is
+            called with one tensor, and once more for its update, as :class:`NamedSegment` says.
 
     Raises:
         ControlError: the module cannot be controlled; the message says why and what to do.
@@ -72,11 +74,12 @@ class ControlledNetwork:
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
         general: bool = False,
+        extra_points: Sequence[str] = (),
     ) -> None:
         require(feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.module = module
-        self._layers = find_points(module, network)
+        self._layers = find_points(module, network, extra_points)
         self.points: list[ControlPoint] = list(self._layers)
         self.feedback_init, self.conv_feedback = feedback_init, conv_feedback
         self.seed = torch.initial_seed() if seed is None else seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,39 +38,50 @@ class ControlPoint:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a linear or convolutional layer, not a normalisation alone."""
-        return isinstance(self.layer, LAYERS)
+        """Whether it is a layer, not a normalisation alone."""
+        return not isinstance(self.layer, NORMS)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a module of the user's, controlled since it was named."""
+        return not isinstance(self.layer, (*LAYERS, *NORMS))
 
     @property
     def width(self) -> int:
-        """n_i of a dense layer; of others the number of channels."""
-        return self.layer.weight.shape[0]  # type: ignore[union-attr,return-value,index]
+        """n_i of a dense layer; of others the number of channels, 0 where that is not known."""
+        return 0 if self.is_named else self.layer.weight.shape[0]  # type: ignore[union-attr,index,return-value]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases: the layer's, then the normalisation's."""
+        """Weights and biases: the layer's, then the normalisation's; all those of a module that was named."""
+        if self.is_named:
+            return list(self.layer.parameters())
         modules = [self.layer] if self.norm is None else [self.layer, self.norm]
         return [p for m in modules for p in (m.weight, getattr(m, "bias", None)) if p is not None]  # type: ignore[misc]
 
 
-def find_points(module: nn.Module, network: str | None = None) -> list[ControlPoint]:
+def find_points(module: nn.Module, network: str | None = None, extra_points: Sequence[str] = ()) -> list[ControlPoint]:
     """The trainable layers and normalisations of a module, in the order of their registration.
 
     Args:
         module: where to look.
         network: name of the submodule to look in; None for all of the module.
+        extra_points: names of further submodules to control as a whole.
 
     Raises:
         ControlError: there is none, a parameter belongs to several, or a trainable parameter to none of them.
     """
     scope, prefix = scope_of(module, network)
+    extra = [scope_of(module, name)[0] for name in extra_points]
+    within = {id(part) for each in extra for part in each.modules()}
     points = [
         ControlPoint(f"{prefix}{name}".rstrip("."), layer)
         for name, layer in scope.named_modules()
-        if isinstance(layer, (*LAYERS, *NORMS)) and any(p.requires_grad for p in layer.parameters())
+        if any(p.requires_grad for p in layer.parameters())
+        and (any(layer is e for e in extra) or (isinstance(layer, (*LAYERS, *NORMS)) and id(layer) not in within))
     ]
     where = type(module).__name__ if network is None else f"network={network!r}"
-    if not any(isinstance(point.layer, LAYERS) for point in points):
+    if not any(point.is_layer for point in points):
         raise ControlError(
             f"No control point in {where}: it has no trainable linear or convolutional layer. Feedback control drives "
             "the outputs of such layers."
@@ -117,15 +128,15 @@ def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str)
                     f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled network "
                     "learns from its own input; give them parameters of their own."
                 )
-        if not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
+        if not point.is_named and not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
             owner = {k: v for k, v in owner.items() if v != point.name}  # parametrized: its weight is no parameter
     untaught = [f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
     if untaught:
         raise ControlError(
             f"No control point can teach the parameters {_listed(untaught)}: only weights and biases of linear and "
             "convolutional layers, and of the usual normalisations, learn by feedback control. Freeze them with "
-            "requires_grad_(False), or name the submodule that is made of such layers with network='…'; parameters "
-            "outside it are left to autograd."
+            "requires_grad_(False), name their module in extra_points=['…'], or name the submodule made of such "
+            "layers with network='…'; parameters outside it are left to autograd."
         )
 
 

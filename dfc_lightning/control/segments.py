@@ -112,6 +112,39 @@ class Segment:
         return [of_weight] if self.bias is None else [of_weight, of_bias]
 
 
+@dataclass(frozen=True)
+class NamedSegment:
+    """A module of the user's that is a point as a whole: its parameters learn by its own local derivative.
+
+    The module is called again for that: it has to give the same for the same input, and to leave its buffers alone.
+
+    Args:
+        module: the module, called with one tensor.
+        heard: slot of what it is called with.
+    """
+
+    module: nn.Module
+    heard: Slot
+
+    def shift(self, voltage: Tensor) -> Tensor | float:
+        """None that is known apart from the rest; see :meth:`Segment.shift`."""
+        return 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them."""
+        return list(self.module.parameters())
+
+    def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
+        """What each of :attr:`parameters` is taught; see :meth:`Segment.gradients`."""
+        with torch.enable_grad():
+            names = [name for name, _ in self.module.named_parameters()]
+            leaves = [constant(p, frame.dtype).clone().requires_grad_() for p in self.parameters]
+            made = torch.func.functional_call(self.module, dict(zip(names, leaves)), (heard,))
+            found = torch.autograd.grad(made, leaves, signal, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)]
+
+
 def _arguments(name: str) -> tuple[str, ...]:
     if name.startswith("conv_transpose"):
         return "input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"

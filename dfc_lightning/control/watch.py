@@ -25,7 +25,7 @@ from dfc_lightning.control.operations import (
 )
 from dfc_lightning.control.points import ControlPoint
 from dfc_lightning.control.pooling import MaxPool
-from dfc_lightning.control.segments import LAYERS, Segment
+from dfc_lightning.control.segments import LAYERS, NamedSegment, Segment
 from dfc_lightning.control.tape import Passage, Tape
 from dfc_lightning.control.wiring import GraphActivity, Site, Wiring
 
@@ -52,6 +52,7 @@ class GraphWatch:
         self.bits = {key: 1 << k for k, key in enumerate(parts)}
         self.waiting = parts
         self.tape = Tape(len(parts), self._reached, fixed)
+        self.heard: dict[int, Slot] = {}
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
         self.modes: list[TorchFunctionMode] = [self.tape]
@@ -64,7 +65,7 @@ class GraphWatch:
             raise called_twice(name)
         received = args[0] if args else kwargs["input"]
         refuse_history(name, received)
-        self.tape.enter(received)
+        self.heard[id(layer)] = self.tape.enter(received)
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: hand the output on without its history."""
@@ -76,6 +77,7 @@ class GraphWatch:
     def close(self) -> None:
         """Let go of what was recorded."""
         self.tape.close()
+        self.heard = {}
         self.passages = []
 
     def check_complete(self) -> None:
@@ -110,7 +112,10 @@ class GraphWatch:
             frame = self._frame(program)
             wiring = Wiring(
                 program,
-                [_segment(p, passage, makers) for p, passage in zip(self.order, self.passages)],
+                [
+                    NamedSegment(p.layer, self.heard[id(p.layer)]) if p.is_named else _segment(p, passage, makers)
+                    for p, passage in zip(self.order, self.passages)
+                ],
                 self.passages,
                 [_site(passage, users, frame) for passage in self.passages],
                 self.tape.output or Slot(0),
@@ -124,7 +129,8 @@ class GraphWatch:
         norms = {p.source: k for k, p in enumerate(self.passages) if not self.order[k].is_layer}
         inputs = {s: norms[out] for each in program for out in each.outputs if out in norms for s in each.inputs}
         for point, passage in zip(list(self.order), list(self.passages)):
-            if point.is_layer and passage.target in inputs and users.count(passage.target) == 1:
+            joins = isinstance(point.layer, LAYERS) and passage.target in inputs
+            if joins and users.count(passage.target) == 1:
                 k = inputs[passage.target]
                 point.norm = self.order[k].layer
                 self.tape.dissolve(passage)
@@ -202,7 +208,8 @@ def _segment(point: ControlPoint, passage: Passage, makers: dict[int, Operation]
     if not plain:
         raise ControlError(
             f"The layer {point.name!r} does more than multiply its input with its weights. Feedback control teaches "
-            "torch's own linear and convolutional layers and normalisations; freeze it with requires_grad_(False)."
+            "torch's own linear and convolutional layers and normalisations; name it in extra_points=['…'], or freeze "
+            "it with requires_grad_(False)."
         )
     return Segment(
         layer,

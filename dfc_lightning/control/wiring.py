@@ -12,7 +12,7 @@ from torch import Tensor
 from dfc_lightning.control.nonlinearity import Nonlinearity
 from dfc_lightning.control.operations import Deviations, Frame, Operation, Rate, Slot
 from dfc_lightning.control.pooling import MaxPool
-from dfc_lightning.control.segments import Segment
+from dfc_lightning.control.segments import NamedSegment, Segment
 from dfc_lightning.control.tape import Passage
 
 
@@ -45,7 +45,7 @@ class Wiring:
     """
 
     program: Sequence[Operation]
-    segments: Sequence[Segment]
+    segments: Sequence[Segment | NamedSegment]
     passages: Sequence[Passage]
     sites: Sequence[Site]
     output: Slot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,6 +53,7 @@ class ControlledTraining(Strategy):
         seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
             ``seed_everything``.
         conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
+        extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
         **kwargs: for the strategy it is mixed with.
     """
 
@@ -65,6 +66,7 @@ class ControlledTraining(Strategy):
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
+        extra_points: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -73,6 +75,7 @@ class ControlledTraining(Strategy):
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.conv_feedback: ConvFeedback = conv_feedback
+        self.extra_points = tuple(extra_points)
         self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
         require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.network: ControlledNetwork | None = None
@@ -111,7 +114,7 @@ class ControlledTraining(Strategy):
                 "loss and leave the optimizer steps to Lightning."
             )
         _refuse_compiled(module)
-        network = ControlledNetwork(module, self.network_name)  # raises if the module cannot be controlled
+        network = self._controlled(module)  # raises if the module cannot be controlled
         settling = getattr(self.rule, "settling", None)
         if network.is_graph and settling is not None and settling.chains_only:
             raise ControlError(
@@ -125,9 +128,16 @@ class ControlledTraining(Strategy):
             seed = self.seed
         elif seed is None:
             seed = self.broadcast(torch.initial_seed())
-        self.network = ControlledNetwork(module, self.network_name, self.feedback_init, seed, self.conv_feedback)
+        self.network = self._controlled(module, self.feedback_init, seed)
         self.network.average = self.reduce
         self._set_up_feedback(self.network)
+
+    def _controlled(
+        self, module: pl.LightningModule, feedback_init: FeedbackInit = "weight_product", seed: int | None = None
+    ) -> ControlledNetwork:
+        return ControlledNetwork(
+            module, self.network_name, feedback_init, seed, self.conv_feedback, extra_points=self.extra_points
+        )
 
     def _set_up_feedback(self, network: ControlledNetwork) -> None:
         self.learner = self.stages = None
@@ -291,7 +301,7 @@ class ControlledTraining(Strategy):
         assert module is not None
         if module.trainer.state.fn == TrainerFn.FITTING:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
-                rehearse(checkpoint[CHECKPOINT_KEY], ControlledNetwork(module, self.network_name), self.learning)
+                rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(module)  # Lightning does so later, and the weights would be rounded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
             ``seed_everything``.
         conv_feedback: feedback of convolutions to each unit, ``"dense"``, to each channel, ``"channel"``, or
             whichever is small enough, ``"auto"``; see :class:`ControlledNetwork`.
+        extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
 
     Example:
         >>> import lightning as L
@@ -51,8 +53,9 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
+        extra_points: Sequence[str] = (),
     ) -> None:
-        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback)
+        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, extra_points)
 
     # One device, whichever the trainer has chosen
 
@@ -89,6 +92,7 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
         seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
             ``seed_everything`` of the first process.
         conv_feedback: feedback of convolutions, as for :class:`DFCStrategy`.
+        extra_points: names of further submodules to control as a whole, as there.
         **kwargs: arguments of Lightning's ``DDPStrategy``.
     """
 
@@ -103,9 +107,12 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
         loss_reduction: LossReduction = "mean",
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
+        extra_points: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, **kwargs)
+        super().__init__(
+            rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, extra_points, **kwargs
+        )
 
 
 def _register(name: str, strategy: type, description: str, **arguments: Any) -> None:
