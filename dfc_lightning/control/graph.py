@@ -38,7 +38,6 @@ class Graph:
     """
 
     reducible = False
-    plain_output = False
 
     def __init__(
         self, feedback: Sequence[Tensor], shapes: Sequence[Sequence[int]], spreads: Sequence[Sequence[int]]
@@ -105,8 +104,10 @@ class Graph:
     def respond(self, activity: GraphActivity, apical: Sequence[Tensor]) -> GraphResponse:
         """The controlled feedforward pass: every point is driven by its apical compartment too."""
         driven = self.spread(apical)
-        moved = self.run(activity, lambda i, basal: driven[i] if basal is None else basal + driven[i])
-        return GraphResponse(list(apical), driven, moved, activity.wiring)
+        return GraphResponse(list(apical), driven, self._driven_pass(activity, driven), activity.wiring)
+
+    def _driven_pass(self, activity: GraphActivity, driven: Sequence[Tensor], linear: bool = False) -> Deviations:
+        return self.run(activity, lambda i, basal: driven[i] if basal is None else basal + driven[i], linear)
 
     def apart(self, activity: GraphActivity, apical: Sequence[Tensor]) -> GraphResponse:
         """What apical voltages do to each point alone, what it hears staying feedforward."""
@@ -122,9 +123,7 @@ class Graph:
 
     def linear_response(self, activity: GraphActivity, apical: Sequence[Tensor]) -> Tensor:
         """First-order output deviation Σ_i J_i a_i, (B, n_L)."""
-        driven = self.spread(apical)
-        moved = self.run(activity, lambda i, basal: driven[i] if basal is None else basal + driven[i], linear=True)
-        found = moved[activity.wiring.output]
+        found = self._driven_pass(activity, self.spread(apical), linear=True)[activity.wiring.output]
         assert found is not None
         return found
 
