@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from dfc_lightning.callbacks.lessons import controlled
 from dfc_lightning.control.checks import require
+from dfc_lightning.metrics import update_angle
 
 
 class FeedbackMonitor(Callback):
@@ -49,15 +50,9 @@ class FeedbackMonitor(Callback):
             return
         weights = [q.detach().clone() for q in network.feedback]
         metrics = {f"norm/layer_{i}": torch.linalg.vector_norm(q) for i, q in enumerate(weights, start=1)}
-        for i, (now, before) in enumerate(zip(weights, self._before), start=1):
-            metrics[f"turned/layer_{i}"] = _angle(now, before)
+        if self._before:
+            angles = update_angle(weights, self._before)
+            metrics |= {f"turned/layer_{i}": angles[f"layer_{i}"] for i in range(1, len(weights) + 1)}
         self._before = weights
         for logger in trainer.loggers:
             logger.log_metrics({f"feedback_weights/{k}": float(v) for k, v in metrics.items()}, trainer.global_step + 1)
-
-
-def _angle(a: Tensor, b: Tensor) -> Tensor:
-    """In degrees; accurate near zero as well."""
-    a, b = (t.double() / torch.linalg.vector_norm(t.double()).clamp_min(1e-300) for t in (a, b))
-    halves = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(a + b)
-    return torch.rad2deg(2 * torch.atan2(*halves))
