@@ -354,8 +354,19 @@ def script(strategy: str, nodes: str, devices: str, folder: str) -> None:
     trainer.fit(module, data)
     if trainer.is_global_zero:
         torch.save({"processes": trainer.world_size, **learned(trainer, module)}, Path(folder, "learned.pt"))
-    if trainer.world_size > 1:
-        dist.destroy_process_group()  # else gloo's threads may abort a process that exits
+
+
+def note(moment: str, folder: str) -> None:
+    Path(folder, f"{moment} of {os.getpid()}").write_text(str(dist.is_initialized()))
+
+
+MAIN = """import atexit, sys
+sys.path.insert(0, {here!r})
+import test_processes as t
+atexit.register(t.note, "exit", sys.argv[-1])
+t.script(*sys.argv[1:])
+atexit.register(t.note, "end", sys.argv[-1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +379,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("launcher", ["two nodes by torchrun", "Lightning"])
 def test_started_by(launcher, alone, tmp_path):
     main = tmp_path / "main.py"
-    here = str(Path(__file__).parent)
-    main.write_text(f"import sys\nsys.path.insert(0, {here!r})\nimport test_processes as t\nt.script(*sys.argv[1:])\n")
+    main.write_text(MAIN.format(here=str(Path(__file__).parent)))
     if launcher == "Lightning":
         commands = [[sys.executable, main, "dfc_ddp", "1", "2", tmp_path]]
     else:
@@ -384,6 +394,8 @@ def test_started_by(launcher, alone, tmp_path):
         for node in nodes:
             node.kill()
     assert codes == [0] * len(nodes), [report.read_text() for report in reports]
+    for moment, grouped in (("end", "True"), ("exit", "False")):  # gloo's threads may abort a process that exits
+        assert [note.read_text() for note in tmp_path.glob(f"{moment} of *")] == [grouped] * 2
     theirs = torch.load(tmp_path / "learned.pt")
     assert theirs.pop("processes") == 2
     apart = distance({k: v for k, v in alone.items() if k != "processes"}, theirs)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from typing_extensions import override
 
 from dfc_lightning.autograd import LossReduction
 from dfc_lightning.control.feedback import FeedbackInit
@@ -113,6 +117,24 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
         super().__init__(
             rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, extra_points, **kwargs
         )
+
+    @override
+    def setup_environment(self) -> None:
+        ours = not dist.is_initialized()
+        super().setup_environment()
+        if ours:
+            atexit.unregister(_leave_process_group)
+            atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    """Ends the group's threads while there is an interpreter: gloo's abort a process that exits with a tensor in hand.
+
+    Lightning does so for NCCL alone.
+    """
+    gc.collect()  # DistributedDataParallel is part of cycles, and holds the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _register(name: str, strategy: type, description: str, **arguments: Any) -> None:
