@@ -199,13 +199,17 @@ def line(name, seed, epochs, figures, **changes):
     return json.dumps(result | changes) + "\n"
 
 
-def test_the_page_tells_full_runs_from_short_ones_and_leaves_out_what_is_not_the_recipe(tmp_path):
+def test_the_page_tells_full_runs_from_short_ones_and_lists_apart_what_is_not_the_table(tmp_path):
     falling = [5.0 - i / 100 for i in range(100)]
     lines = [line("mnist/dfc_ss", s, 100, (falling, [9.0] * 99 + [t])) for s, t in enumerate((2.2, 2.3, 2.4))]
     lines.append(line("mnist/dfc_ss", 0, 2, (falling[:2], [9.0, 8.0])))  # which seed 0 went on from
     lines.append(line("mnist/dfc", 0, 2, (falling[:2], [9.0, 3.0])))
     lines.append(line("mnist/bp", 0, 100, (falling, [9.0] * 100), fingerprint="of another"))
-    lines.append(line("mnist/dfa", 0, 100, (falling, [9.0] * 100), overrides=["trainer.limit_train_batches=1"]))
+    other = {"overrides": ["trainer.limit_train_batches=1"]}
+    other["fingerprint"] = Recipe.load(RECIPES / "mnist" / "dfa.yaml", other["overrides"]).fingerprint
+    lines.append(line("mnist/dfa", 0, 3, (falling[:3], [9.0, 8.0, 7.0]), **other))
+    lines.append(line("mnist/dfa", 1, 3, (falling[:3], [9.0, 8.0, 7.0]), **(other | {"fingerprint": "of another"})))
+    lines += [line("mnist/lenet_bp", s, 10, (falling[:10], [1.0] * 9 + [t])) for s, t in enumerate((0.9, 1.1))]
     (tmp_path / "table.jsonl").write_text("".join(lines))
     cli.main(["report", f"--results={tmp_path}", f"--recipes={RECIPES}", f"--output={tmp_path / 'page.md'}"])
     text = (tmp_path / "page.md").read_text()
@@ -214,7 +218,9 @@ def test_the_page_tells_full_runs_from_short_ones_and_leaves_out_what_is_not_the
     assert "| DFC | 2.25 ± 0.09 |  |  | not yet run |" in text
     assert "| MNIST, DFC | 2 of 100 | 3.00 | 1 | 2.25 ± 0.09 |" in text and text.count("2 of 100") == 1
     assert "| MNIST, DFC-SS | 12.5 | 1000 | 100 | cpu, 2 threads | 3.3 |" in text
-    assert "1 runs of earlier versions" in text and "do not edit by hand" in text
+    assert "| `mnist/dfa` | `trainer.limit_train_batches=1` | 3 | 7.00 | 1 | 12.5 |" in text
+    assert "| `mnist/lenet_bp` |  | 10 | 1.00 ± 0.14 | 2 | 12.5 |" in text
+    assert "2 runs of earlier versions" in text and "do not edit by hand" in text
     assert (tmp_path / "page.png").stat().st_size > 10_000 and str(tmp_path) not in text
 
 

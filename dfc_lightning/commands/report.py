@@ -10,7 +10,7 @@ from dfc_lightning.experiments.figures import draw_learning_curves
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.report import Standing, page
-from dfc_lightning.experiments.table import COLUMNS, RULES
+from dfc_lightning.experiments.table import COLUMNS
 
 
 def main(args: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> None:
         "--output", type=Path, default=Path("docs/results.md"), metavar="FILE", help="default: docs/results.md"
     )
     given = arguments.parse_args(args)
-    paths = [p for p in find_recipes(given.recipes) if p.parent.name in COLUMNS and p.stem in RULES]
+    paths = [p for p in find_recipes(given.recipes) if p.parent.name in COLUMNS]
     if not paths:
         arguments.error(f"--recipes {given.recipes}: none of the table's recipes there; name the folder of mnist/, ...")
     try:

@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of dfc fit for every run, e.g. trainer.limit_train_batches=20; such runs are no part of the "
-        "report",
+        help="an option of dfc fit for every run, e.g. trainer.limit_train_batches=20; the report lists such "
+        "runs apart",
     )
     return made
 

@@ -18,22 +18,25 @@ REFERENCE_AUTOENCODER_SSA_SECONDS = 14.0
 
 
 class Standing:
-    """The results that count for the table: of the recipes as they are, without overrides, a line a seed.
+    """The results that count, a line a seed: for the table those of its recipes as they are, without overrides.
 
     Args:
-        recipes: the table's recipes by name.
+        recipes: the recipes in the folders of the table's columns, by name.
         results: all finished runs.
     """
 
     def __init__(self, recipes: Mapping[str, Recipe], results: Sequence[Result]) -> None:
         self.recipes = recipes
-        ours = [r for r in results if r.recipe in recipes and not r.overrides]
-        current = [r for r in ours if r.fingerprint == recipes[r.recipe].fingerprint]
+        ours = [r for r in results if r.recipe in recipes]
+        current = [r for r in ours if r.fingerprint == _as_it_is(recipes[r.recipe], r.overrides).fingerprint]
         self.outdated = len(ours) - len(current)
         self.full: dict[str, list[Result]] = defaultdict(list)
         self.short: dict[tuple[str, int], list[Result]] = defaultdict(list)
+        self.further: dict[tuple[str, tuple[str, ...], int], list[Result]] = defaultdict(list)
         for result in sorted(longest(current), key=lambda r: r.seed):
-            if result.epochs >= recipes[result.recipe].epochs:
+            if result.overrides or result.recipe.split("/")[1] not in RULES:
+                self.further[result.recipe, tuple(result.overrides), result.epochs].append(result)
+            elif result.epochs >= recipes[result.recipe].epochs:
                 self.full[result.recipe].append(result)
             else:
                 self.short[result.recipe, result.epochs].append(result)
@@ -79,6 +82,8 @@ def page(standing: Standing, figure: str | None) -> str:
         )
     if standing.short:
         parts.append(_short(standing))
+    if standing.further:
+        parts.append(_further(standing))
     if standing.full or standing.short:
         parts.append(_cost(standing))
     if standing.outdated:
@@ -121,6 +126,21 @@ def _short(standing: Standing) -> str:
     return "\n".join(lines)
 
 
+def _further(standing: Standing) -> str:
+    lines = [
+        "## Beyond the published table\n\nOther recipes, and recipes with other settings (`dfc reproduce --set`).\n",
+        "| recipe | with | epochs | ours | seeds | seconds an epoch |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for (name, overrides, epochs), runs in sorted(standing.further.items()):
+        ours = Summary.of([run.value for run in runs])
+        said = figure_text(ours.mean, ours.std, COLUMNS[name.split("/")[0]])
+        settings = ", ".join(f"`{override}`" for override in overrides)
+        seconds = statistics.median(run.seconds_per_epoch for run in runs)
+        lines.append(f"| `{name}` | {settings} | {epochs} | {said} | {ours.seeds} | {seconds:.3g} |")
+    return "\n".join(lines)
+
+
 def _cost(standing: Standing) -> str:
     lines = [
         "## Cost\n\nWall time of the median epoch and run, feedback passes, validation and test included, beside the "
@@ -147,6 +167,10 @@ def _reference(name: str) -> str:
     if column == "mnist_autoencoder":
         return f"{REFERENCE_AUTOENCODER_SSA_SECONDS:g}" if base == "dfc_ssa" else ""
     return f"{REFERENCE_SECONDS[base]:g}"
+
+
+def _as_it_is(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    return Recipe.load(recipe.path, overrides) if overrides else recipe
 
 
 def _order(name: str) -> tuple[int, int]:
