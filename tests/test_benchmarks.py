@@ -50,6 +50,35 @@ def test_the_benchmark_of_convolutional_networks_likewise(benchmark, tmp_path, c
     assert len(json.loads((tmp_path / "convolutional.json").read_text())["updates"]) == 18
 
 
+def test_the_autoencoders_update_signals_are_those_of_their_formulas(benchmark):
+    script, g = benchmark("autoencoder"), torch.Generator().manual_seed(0)
+    w = [torch.randn(n, m, generator=g, dtype=torch.float64) / m**0.5 for n, m in ((6, 9), (3, 6), (5, 3), (9, 5))]
+    x, delta = (torch.randn(4, 9, generator=g, dtype=torch.float64) for _ in range(2))
+
+    def output(kicks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        a, b, c, d = kicks.split([6, 3, 5, 9])
+        return w[3] @ torch.tanh(w[2] @ (w[1] @ torch.tanh(w[0] @ x + a) + b) + c) + d
+
+    kicks = torch.zeros(23, dtype=torch.float64)
+    jacobians = torch.stack([torch.func.jacrev(output)(kicks, each) for each in x])
+    first = torch.tanh(x @ w[0].T)
+    slopes = [1 - first**2, 1 - torch.tanh(first @ w[1].T @ w[2].T) ** 2]
+
+    def signals(rule):
+        return torch.cat(rule(w, slopes, delta), dim=1)
+
+    for damping in (0.0, 3.0):
+        damped = jacobians @ jacobians.mT + damping * torch.eye(9, dtype=torch.float64)
+        closed = (1 + damping) * (jacobians.mT @ torch.linalg.solve(damped, delta.unsqueeze(2))).squeeze(2)
+        torch.testing.assert_close(signals(script.minimum_norm(damping)), closed, rtol=1e-9, atol=1e-9)
+    exact = (jacobians.mT @ delta.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(signals(script.backprop), exact, rtol=1e-9, atol=1e-9)
+    alike = [s.mean(0, keepdim=True).expand_as(s) for s in slopes]  # without spread shared feedback is backprop
+    torch.testing.assert_close(
+        torch.cat(script.shared(w, alike, delta), 1), torch.cat(script.backprop(w, alike, delta), 1)
+    )
+
+
 def test_peak_memory_on_the_cpu_is_that_of_the_tensors_held_at_a_time(benchmark):
     def call():
         a, b = (torch.empty(n * 2**20, dtype=torch.uint8) for n in (10, 5))

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("jsonargparse")
 
-from dfc_lightning import DFA, DFC, DFCStrategy, Sampled
+from dfc_lightning import DFA, DFC, DFCStrategy, Expected, Sampled
 from dfc_lightning.cli import RecipeCLI, main
 from dfc_lightning.experiments.recipe import find_recipes
 from dfc_lightning.experiments.table import COLUMNS, RULES
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
 RECIPES = Path(__file__).parent.parent / "recipes"
 TABLE = [f"{column}/{rule}" for column in COLUMNS for rule in RULES]
 ALL = [f"digits/{rule}" for rule in ("bp", "dfa", "dfc")] + TABLE
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=20", "--trainer.num_sanity_val_steps=0"]
+PASSES = ("initial_passes", "passes_per_epoch")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 # The published settings: the effective learning rate, λ for the mean loss of a batch of 128, α.
@@ -218,6 +220,20 @@ def test_samples_that_do_not_settle_teach_where_the_authors_let_them(built, name
     assert built(name).trainer.strategy.rule.unconverged == ("keep" if keep else "drop")
 
 
+BEST = "mnist_autoencoder/dfc_best"
+
+
+def test_the_best_autoencoder_keeps_to_the_protocol_and_learns_its_feedback(built):
+    cli, table = built(BEST), built("mnist_autoencoder/dfc_ss")
+    assert cli.config_init.fit.expected is None
+    assert repr(cli.model.network) == repr(table.model.network) and cli.trainer.max_epochs == table.trainer.max_epochs
+    ours, theirs = (each.datamodule.hparams for each in (cli, table))
+    assert ours == theirs and type(cli.datamodule) is type(table.datamodule)
+    strategy = cli.trainer.strategy
+    assert type(strategy.rule.settling) is SteadyState and strategy.rule.controller.steady_leakage == 10
+    assert isinstance(strategy.learning.method, Expected) and strategy.learning.every_n_batches == 1
+
+
 @pytest.mark.slow
 def test_digits_learn_by_dfc_to_six_percent(capsys):
     main(["fit", f"--config={RECIPES / 'digits' / 'dfc.yaml'}", *QUIET])
@@ -226,18 +242,28 @@ def test_digits_learn_by_dfc_to_six_percent(capsys):
 
 
 @pytest.mark.real_data
+def test_the_best_autoencoder_learns_on_its_data(capsys):
+    root = os.environ.get("DFC_DATA_ROOT")
+    if root is None or not (Path(root) / "MNIST" / "raw").is_dir():
+        pytest.skip("DFC_DATA_ROOT holds no MNIST/raw")
+    main(["fit", f"--config={RECIPES / BEST}.yaml", *QUIET, *SHORT])
+    found = re.fullmatch(
+        r"test/loss ([\d.]+) \(best validation epoch 0, val/loss [\d.]+\)", capsys.readouterr().out.splitlines()[-1]
+    )
+    assert found and float(found[1]) < 0.8  # 1 is the mean image's
+
+
+@pytest.mark.real_data
 @pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("digits")])
 def test_recipe_runs_on_its_data(capsys, name):
     root, data = os.environ.get("DFC_DATA_ROOT"), "FashionMNIST" if name.startswith("fashion") else "MNIST"
     if root is None or not (Path(root) / data / "raw").is_dir():
         pytest.skip(f"DFC_DATA_ROOT holds no {data}/raw")
-    options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=20", "--trainer.num_sanity_val_steps=0"]
+    options = SHORT
     if "dfc" in name and not name.endswith("_fixed"):
-        options += [
-            f"--trainer.strategy.init_args.feedback.{passes}=0" for passes in ("initial_passes", "passes_per_epoch")
-        ]
+        options = [*options, *(f"--trainer.strategy.init_args.feedback.{passes}=0" for passes in PASSES)]
     if name == "mnist_autoencoder/dfc_fixed":
-        options.append("--trainer.strategy.init_args.rule.init_args.settling.init_args.steps=10")
+        options = [*options, "--trainer.strategy.init_args.rule.init_args.settling.init_args.steps=10"]
     main(["fit", f"--config={RECIPES / name}.yaml", *QUIET, *options])
     line = capsys.readouterr().out.splitlines()[-1]
     when = r"epoch 0" if name.startswith("mnist_train_loss") else r"best validation epoch 0, val/\w+ [\d.]+"
