@@ -1,6 +1,7 @@
 """What bounds DFC on the autoencoder? Validation loss by epoch, with exact Jacobians in place of learned feedback.
 
-The network of ``recipes/mnist_autoencoder`` learns by the optimizer of ``dfc_best`` on MNIST, by the update signals
+The network of ``recipes/mnist_autoencoder`` learns on MNIST, by the optimizer and the schedule of ``dfc_best``, from
+the signals
 
 - of backprop, J_iᵀ δ, of each sample's own Jacobians J_i = ∂output/∂v_i;
 - of the damped minimum norm, J_iᵀ (JJᵀ + γI)⁻¹ δ, to which DFC comes with ideal feedback weights (Theorem 3) and a
@@ -13,6 +14,7 @@ with the slope of the third layer; what tells the second from the first is the r
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,9 +68,11 @@ def minimum_norm(damping: float) -> Signals:
 def trained(signals: Signals, settings: dict[str, Any], epochs: int, options: Any) -> tuple[list[float], float]:
     """Validation losses by epoch, and the seconds an epoch."""
     torch.manual_seed(0)
-    module = MLP(settings["network"]["sizes"], settings["network"]["nonlinearity"]).to(options.device, options.dtype)
+    module = MLP(**settings["network"]["init_args"]).to(options.device, options.dtype)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    optimizer = torch.optim.Adam(module.parameters(), **settings["optimizer"])
+    optimizer = torch.optim.Adam(module.parameters(), **settings["optimizer"]["init_args"])
+    package, _, name = settings["scheduler"]["class_path"].rpartition(".")
+    scheduler = getattr(importlib.import_module(package), name)(optimizer, **settings["scheduler"]["init_args"])
     data = MNIST(batch_size=options.batch)
     data.prepare_data()
     data.setup("fit")
@@ -93,6 +97,7 @@ def trained(signals: Signals, settings: dict[str, Any], epochs: int, options: An
                 for layer, signal, before in zip(layers, taught, r):
                     layer.weight.grad, layer.bias.grad = signal.T @ before, signal.sum(0)
                 optimizer.step()
+            scheduler.step()
             errors = [((r[4] - r[0]) ** 2).mean(1) for r in (rates(x) for x, _ in data.val_dataloader())]
             losses.append(float(torch.cat(errors).mean()))
     return losses, (time.perf_counter() - start) / epochs
@@ -107,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--short", default=2, type=int, help="epochs of the minimum norm, which costs most")
     parser.add_argument("--damping", default=[0.0, 1.0, 10.0], type=float, nargs="*", help="γ of the minimum norm")
     options = harness.parse(parser, argv)
-    model = compose(RECIPES / "mnist_autoencoder" / "dfc_best.yaml")["model"]["init_args"]
-    settings = {"network": model["network"]["init_args"], "optimizer": model["optimizer"]["init_args"]}
+    settings = compose(RECIPES / "mnist_autoencoder" / "dfc_best.yaml")["model"]["init_args"]
     runs: dict[str, tuple[Signals, int]] = {
         "backprop": (backprop, options.epochs),
         "shared feedback": (shared, options.epochs),
