@@ -6,7 +6,7 @@ the signals
 - of backprop, J_iᵀ δ, of each sample's own Jacobians J_i = ∂output/∂v_i;
 - of the damped minimum norm, J_iᵀ (JJᵀ + γI)⁻¹ δ, to which DFC comes with ideal feedback weights (Theorem 3) and a
   leakage that stands for γ: backprop again, but for its scale, as γ → ∞;
-- of the best that leaky DFC with direct feedback weights can do, Q_iᵀ = the mean over the batch of J_i.
+- of leaky DFC whose feedback weights are the mean over the batch of J_iᵀ, exact and without a lag.
 
 What tells the third from the first is that feedback weights are one for all samples, where J_1 and J_2 vary by sample
 with the slope of the third layer; what tells the second from the first is the rule.
@@ -14,7 +14,6 @@ with the slope of the third layer; what tells the second from the first is the r
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ import harness
 import torch
 from problems import RECIPES
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dfc_lightning.data import MNIST
 from dfc_lightning.experiments.composition import compose
@@ -71,8 +71,7 @@ def trained(signals: Signals, settings: dict[str, Any], epochs: int, options: An
     module = MLP(**settings["network"]["init_args"]).to(options.device, options.dtype)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     optimizer = torch.optim.Adam(module.parameters(), **settings["optimizer"]["init_args"])
-    package, _, name = settings["scheduler"]["class_path"].rpartition(".")
-    scheduler = getattr(importlib.import_module(package), name)(optimizer, **settings["scheduler"]["init_args"])
+    scheduler = CosineAnnealingLR(optimizer, **settings["scheduler"]["init_args"])
     data = MNIST(batch_size=options.batch)
     data.prepare_data()
     data.setup("fit")

@@ -395,7 +395,7 @@ def test_started_by(launcher, alone, tmp_path):
             node.kill()
     assert codes == [0] * len(nodes), [report.read_text() for report in reports]
     for moment, grouped in (("end", "True"), ("exit", "False")):  # gloo's threads may abort a process that exits
-        assert [note.read_text() for note in tmp_path.glob(f"{moment} of *")] == [grouped] * 2
+        assert [found.read_text() for found in tmp_path.glob(f"{moment} of *")] == [grouped] * 2
     theirs = torch.load(tmp_path / "learned.pt")
     assert theirs.pop("processes") == 2
     apart = distance({k: v for k, v in alone.items() if k != "processes"}, theirs)

@@ -22,7 +22,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 TABLE = [f"{column}/{rule}" for column in COLUMNS for rule in RULES]
 ALL = [f"digits/{rule}" for rule in ("bp", "dfa", "dfc")] + TABLE
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=20", "--trainer.num_sanity_val_steps=0"]
-PASSES = ("initial_passes", "passes_per_epoch")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 # The published settings: the effective learning rate, λ for the mean loss of a batch of 128, α.
@@ -241,11 +240,15 @@ def test_digits_learn_by_dfc_to_six_percent(capsys):
     assert float(line.split()[1]) <= 6, line
 
 
+def skip_without(data):
+    root = os.environ.get("DFC_DATA_ROOT")
+    if root is None or not (Path(root) / data / "raw").is_dir():
+        pytest.skip(f"DFC_DATA_ROOT holds no {data}/raw")
+
+
 @pytest.mark.real_data
 def test_the_best_autoencoder_learns_on_its_data(capsys):
-    root = os.environ.get("DFC_DATA_ROOT")
-    if root is None or not (Path(root) / "MNIST" / "raw").is_dir():
-        pytest.skip("DFC_DATA_ROOT holds no MNIST/raw")
+    skip_without("MNIST")
     main(["fit", f"--config={RECIPES / BEST}.yaml", *QUIET, *SHORT])
     found = re.fullmatch(
         r"test/loss ([\d.]+) \(best validation epoch 0, val/loss [\d.]+\)", capsys.readouterr().out.splitlines()[-1]
@@ -256,14 +259,14 @@ def test_the_best_autoencoder_learns_on_its_data(capsys):
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("digits")])
 def test_recipe_runs_on_its_data(capsys, name):
-    root, data = os.environ.get("DFC_DATA_ROOT"), "FashionMNIST" if name.startswith("fashion") else "MNIST"
-    if root is None or not (Path(root) / data / "raw").is_dir():
-        pytest.skip(f"DFC_DATA_ROOT holds no {data}/raw")
-    options = SHORT
+    skip_without("FashionMNIST" if name.startswith("fashion") else "MNIST")
+    options = [*SHORT]
     if "dfc" in name and not name.endswith("_fixed"):
-        options = [*options, *(f"--trainer.strategy.init_args.feedback.{passes}=0" for passes in PASSES)]
+        options += [
+            f"--trainer.strategy.init_args.feedback.{passes}=0" for passes in ("initial_passes", "passes_per_epoch")
+        ]
     if name == "mnist_autoencoder/dfc_fixed":
-        options = [*options, "--trainer.strategy.init_args.rule.init_args.settling.init_args.steps=10"]
+        options.append("--trainer.strategy.init_args.rule.init_args.settling.init_args.steps=10")
     main(["fit", f"--config={RECIPES / name}.yaml", *QUIET, *options])
     line = capsys.readouterr().out.splitlines()[-1]
     when = r"epoch 0" if name.startswith("mnist_train_loss") else r"best validation epoch 0, val/\w+ [\d.]+"
