@@ -1,14 +1,15 @@
 """What does a feedback update cost, and how much of a sampled one is signal?
 
-A feedback update is the forward pass as far as the output and one step of feedback learning, its Adam included. The
-second table takes one batch of a fixed network and compares single draws of ``Sampled`` with ``Expected``.
+A feedback update is the forward pass as far as the output and one step of feedback learning, its Adam included;
+"simulated" is the straightforward way to draw, unit by unit and step by step. The second table takes one batch of a
+fixed network and compares single draws of ``Sampled`` with ``Expected``.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,21 @@ from problems import Problem, Recipe, add_sizes
 from reference import Reference
 from torch import Tensor
 
-from dfc_lightning import FeedbackLearner
+from dfc_lightning import FeedbackLearner, Sampled
 from dfc_lightning.feedback_learning.sampled import FeedbackMethod
 
 
+class Simulated(Sampled):
+    """``Sampled`` whose draws are simulations."""
+
+    draw = Sampled.gradient
+
+
 def methods(recipe: Recipe) -> dict[str, FeedbackMethod]:
-    """The recipe's sampled feedback learning, and its expectation."""
-    return {f"Sampled, {recipe.sampled.steps} steps": recipe.sampled, "Expected": recipe.expected}
+    """The recipe's sampled feedback learning, also by simulation, and its expectation."""
+    name = f"Sampled, {recipe.sampled.steps} steps"
+    simulated = Simulated(**asdict(recipe.sampled))
+    return {name: recipe.sampled, f"{name}, simulated": simulated, "Expected": recipe.expected}
 
 
 def feedback_update(problem: Problem, recipe: Recipe, method: FeedbackMethod) -> Callable[[], Any]:
@@ -66,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     parser = harness.arguments(__doc__, repeats=20)
     add_sizes(parser)
+    parser.add_argument("--recipe", default="mnist/dfc_ss", help="whose network and phase; or mnist_autoencoder/dfc_ss")
     parser.add_argument("--draws", default=100, type=int, help="sampled gradients to compare with the expected one")
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' implementation, timed without Adam")
     options = harness.parse(parser, argv)
-    recipe, where = Recipe.load("mnist/dfc_ss", options), (options.batch, options.dtype, options.device)
+    recipe, where = Recipe.load(options.recipe, options), (options.batch, options.dtype, options.device)
     plain = recipe.problem(*where)
 
     starts = {"random Q": recipe.feedback_init, "Q from weight products": "weight_product"}

@@ -25,7 +25,7 @@ def benchmark(monkeypatch):
     ("name", "extra", "expected"),
     [
         ("settling", ["--train-steps=3", "--euler-steps=2"], ["backprop", "DFC-SS, trained", "autoencoder: DFC-SSA"]),
-        ("feedback", ["--draws=2"], ["Sampled, 47 steps", "Expected", "cosine"]),
+        ("feedback", ["--draws=2"], ["Sampled, 47 steps", "simulated", "Expected", "cosine"]),
         ("feedback_passes", ["--train-steps=2", "--batches=2", "--passes=1"], ["Sampled", "Expected", "condition 2"]),
         (
             "scaling",

@@ -226,7 +226,7 @@ class Chain:
         product = torch.diag_embed(slopes[-1])
         found = [product]
         for w, d in zip(reversed(self.weights[1:]), reversed(slopes[:-1])):
-            product = torch.matmul(product, w) * d.unsqueeze(1)
+            product = torch.matmul(product, w).mul_(d.unsqueeze(1))
             found.append(product)
         return found[::-1]
 
