@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dfc_lightning.autograd import Lesson, LossReduction
-from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.control.checks import require
 from dfc_lightning.control.evaluator import Evaluator
 from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
@@ -25,16 +24,17 @@ from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
-from dfc_lightning.settling.settled import DIVERGED_BEYOND
 from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
-from dfc_lightning.training.loop import (
-    DFCOptimizerLoop,
-    fast_forward,
-    is_compiled,
-    silenced,
-    step_arguments,
-    takes_loader_iterator,
-    training_batches,
+from dfc_lightning.training.logs import log, logs_at, settling_metrics
+from dfc_lightning.training.loop import DFCOptimizerLoop, fast_forward, silenced, step_arguments, training_batches
+from dfc_lightning.training.refusals import (
+    deaf_loss,
+    refuse_compiled,
+    refuse_loader_iterator,
+    refuse_manual_optimization,
+    refuse_settling,
+    several_optimizers,
+    skipped_alone,
 )
 from dfc_lightning.training.stages import FeedbackStages
 
@@ -107,21 +107,9 @@ class ControlledTraining(Strategy):
     def _check(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        if not module.automatic_optimization:
-            raise ControlError(
-                f"{type(module).__name__} has automatic_optimization=False. Feedback control replaces what "
-                "loss.backward() computes inside Lightning's automatic optimization; let training_step return the "
-                "loss and leave the optimizer steps to Lightning."
-            )
-        _refuse_compiled(module)
-        network = self._controlled(module)  # raises if the module cannot be controlled
-        settling = getattr(self.rule, "settling", None)
-        if network.is_graph and settling is not None and settling.chains_only:
-            raise ControlError(
-                f"settling={type(settling).__name__}(...) is for chains of dense layers; {type(module).__name__} has "
-                "other layers. Simulate with settling=Euler(...), or take the steady state with settling=SteadyState() "
-                "and integrate=False."
-            )
+        refuse_manual_optimization(module)
+        refuse_compiled(module)
+        refuse_settling(self.rule, self._controlled(module))  # raises too if the module cannot be controlled
 
     def _take_control(self, module: pl.LightningModule, seed: int | None = None) -> None:
         if self.seed is not None:
@@ -165,21 +153,14 @@ class ControlledTraining(Strategy):
         except RuntimeError as error:  # Lightning's own remedy is manual optimization, which is none here
             if "multiple optimizers" not in str(error):
                 raise
-            raise ControlError(
-                "configure_optimizers returned several optimizers. Feedback control works with one; put the parameters "
-                "into one optimizer, in groups if their settings differ."
-            ) from error
+            raise several_optimizers() from error
 
     @override
     def on_train_start(self) -> None:
         assert self._trainer is not None
         super().on_train_start()
         self._before_loading = None
-        if takes_loader_iterator(self._trainer):
-            raise ControlError(
-                "training_step takes a dataloader_iter. Feedback passes need batches: give training_step the "
-                "arguments (batch, batch_idx)."
-            )
+        refuse_loader_iterator(self._trainer)
         fast_forward(self._trainer)
 
     # A training step
@@ -198,7 +179,7 @@ class ControlledTraining(Strategy):
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor):
             if not loss.requires_grad:
-                raise _loss_is_deaf()
+                raise deaf_loss()
             lesson.watch(loss)
         self.lesson = lesson
         return output
@@ -207,13 +188,13 @@ class ControlledTraining(Strategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self.lesson is not None and not self.lesson.taught:
-            raise _loss_is_deaf()
+            raise deaf_loss()
 
     # Feedback learning
 
     def _before_batch(self) -> None:
         assert self.lightning_module is not None
-        _refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
+        refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
         if self.stages is not None and self._trainer is not None:
             trainer = self._trainer
             self.stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
@@ -221,15 +202,8 @@ class ControlledTraining(Strategy):
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None
         settled = self.lesson.settled if self.lesson is not None else None
-        if settled is not None and self._logs_at(self._trainer.fit_loop.total_batch_idx):
-            residual = settled.residual.double().clamp_max(DIVERGED_BEYOND)
-            iterations = settled.residual.new_tensor(settled.iterations, dtype=torch.float64)
-            metrics = {
-                "settling/converged": self.reduce(settled.converged.double().mean()),
-                "settling/residual": self.reduce(residual.nan_to_num(DIVERGED_BEYOND).mean()),
-                "settling/iterations": self.reduce(iterations, reduce_op="max"),  # of a batch, as of its last sample
-            }
-            self._log(metrics)
+        if settled is not None and logs_at(self._trainer, self._trainer.fit_loop.total_batch_idx):
+            log(self._trainer, settling_metrics(settled, self.reduce))
         every = self.learning.every_n_batches if self.learning is not None else 0
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
@@ -252,31 +226,16 @@ class ControlledTraining(Strategy):
                 activity = network.observing(run)
         except _BatchSkipped:
             if self._trainer.world_size > 1:
-                raise ControlError(
-                    "training_step returned None. Among several processes no batch can be skipped, as the others "
-                    "would wait for this one; return a loss, or filter the data beforehand."
-                ) from None
+                raise skipped_alone() from None
             return {}
         return learner.step(activity, initial)  # outside the context: no autocast in the simulation
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
-        assert self.learner is not None
-        if metrics and self._logs_at(self.learner.steps - 1):
+        assert self.learner is not None and self._trainer is not None
+        steps = self.learner.steps
+        if metrics and logs_at(self._trainer, steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
-            self._log({**named, "feedback/step": float(self.learner.steps)}, self.learner.steps)
-
-    def _logs_at(self, step: int) -> bool:
-        assert self._trainer is not None
-        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (step + 1) % every == 0
-
-    def _log(self, metrics: Mapping[str, Tensor | float], own_step: int | None = None) -> None:
-        assert self._trainer is not None
-        values = {name: float(value) for name, value in metrics.items()}
-        for logger in self._trainer.loggers:
-            in_table = isinstance(logger, (CSVLogger, WandbLogger))  # with one column of steps, which is training's
-            step = self._trainer.global_step if own_step is None or in_table else own_step
-            logger.log_metrics(values, step)
+            log(self._trainer, {**named, "feedback/step": float(steps)}, steps)
 
     # Checkpoints
 
@@ -339,21 +298,6 @@ class ControlledTraining(Strategy):
             self.learner.load_state_dict(state["learner"])
         if self.stages is not None and state["stages"] is not None:
             self.stages.progress.load_state_dict(state["stages"])
-
-
-def _refuse_compiled(module: pl.LightningModule) -> None:
-    if is_compiled(module):
-        raise ControlError(
-            f"{type(module).__name__} is compiled, or something in it is. Compiled modules run past the hooks that "
-            "feedback control needs, and would be trained by backprop; leave the module uncompiled until it is trained."
-        )
-
-
-def _loss_is_deaf() -> ControlError:
-    return ControlError(
-        "The loss does not depend on the network's output, so that nothing can be learned from it. Return from "
-        "training_step a loss computed, without detach(), from what the network returned."
-    )
 
 
 class _BatchSkipped(Exception):
