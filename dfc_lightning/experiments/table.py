@@ -50,8 +50,8 @@ Mark = Literal["reproduced", "better", "worse", "not yet run"]
 
 RULE_OF_MARKS = (
     "A cell is *reproduced* if our mean lies within two standard errors of the published one, else *better* or "
-    "*worse*. The standard error is √(s²/n + S²/N), of our n seeds with standard deviation s and the N published ones "
-    "with S; one seed has no spread, and is taken to have the published one, s = S."
+    "*worse*. The standard error is S √(1/n + 1/N), of our n seeds and the N published ones, both with the published "
+    "standard deviation S: a wider spread of ours excuses nothing."
 )
 
 
@@ -79,8 +79,7 @@ def mark(ours: Summary | None, published: Published) -> Mark:
     """How our figure, of which less is better, compares with the published one; see ``RULE_OF_MARKS``."""
     if ours is None:
         return "not yet run"
-    std = published.std if ours.std is None else ours.std
-    error = math.sqrt(std**2 / ours.seeds + published.std**2 / published.seeds)
+    error = published.std * math.sqrt(1 / ours.seeds + 1 / published.seeds)
     if abs(ours.mean - published.mean) <= 2 * error:
         return "reproduced"
     return "better" if ours.mean < published.mean else "worse"  # not a number is worse
