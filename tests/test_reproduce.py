@@ -21,6 +21,7 @@ from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.published import Published
 from dfc_lightning.experiments.recipe import Recipe
+from dfc_lightning.experiments.report import Standing
 from dfc_lightning.experiments.runner import Run
 from dfc_lightning.experiments.table import Summary, mark
 
@@ -223,6 +224,15 @@ def test_the_page_tells_full_runs_from_short_ones_and_lists_apart_what_is_not_th
     assert "| `mnist/lenet_bp` |  | 10 | 1.00 ± 0.14 | 2 | 12.5 |" in text
     assert "2 runs of earlier versions" in text and "do not edit by hand" in text
     assert (tmp_path / "page.png").stat().st_size > 10_000 and str(tmp_path) not in text
+
+
+def test_curves_are_in_the_units_of_the_table(tmp_path):
+    history = {"history": {"train/loss": [3e-7, 2e-7]}, "metric": "train/loss", "value": 2e-7}
+    (tmp_path / "table.jsonl").write_text(line("mnist_train_loss/bp", 0, 2, ([], [0.0]), **history))
+    recipe = Recipe.load(RECIPES / "mnist_train_loss" / "bp.yaml")
+    curves = Standing({recipe.name: recipe}, Ledger(tmp_path).read()).curves()
+    (curve,) = curves["MNIST, training loss, 10⁻⁷"]["BP"]
+    assert curve == pytest.approx([3.0, 2.0])
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path, capsys):

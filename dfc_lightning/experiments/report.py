@@ -48,7 +48,7 @@ class Standing:
         return Summary.of(values) if values else None
 
     def curves(self) -> dict[str, Curves]:
-        """Validation figures over epochs, training losses where these are judged, by column and rule."""
+        """Validation figures over epochs, training losses where these are judged, in the columns' units."""
         panels: dict[str, Curves] = {}
         for column, about in COLUMNS.items():
             lines = {}
@@ -57,7 +57,7 @@ class Standing:
                 runs = self.full.get(name) or [r for (n, _), rs in self.short.items() if n == name for r in rs]
                 if runs:
                     watched = self.recipes[name].metric.replace("test/", "val/", 1)
-                    lines[title] = [run.history[watched] for run in runs]
+                    lines[title] = [[figure / about.scale for figure in run.history[watched]] for run in runs]
             if lines:
                 panels[about.title.replace("test", "validation")] = lines
         return panels
