@@ -24,6 +24,7 @@ from dfc_lightning.metrics import gauss_newton_update, update_angle
 from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm, Update
 from dfc_lightning.settling import Linearized
 from dfc_lightning.settling.inverse import DENSE_UP_TO
+from dfc_lightning.training.logs import log
 
 REFERENCES = ("backprop", "gauss_newton", "minimum_norm", "ssa")
 CHEAP = ("backprop", "ssa")
@@ -148,9 +149,7 @@ class AlignmentMonitor(Callback):
             values |= {f"{name}/{layer}": angle for layer, angle in angles.items()}
         if self._conditions is not None:
             values |= self._conditions.compute()
-        metrics = {f"alignment/{name}": float(value) for name, value in values.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step + 1)
+        log(trainer, {f"alignment/{name}": value for name, value in values.items()}, trainer.global_step + 1)
 
     def _reference(self, name: str, rule: LearningRule) -> Teach:
         """The update to compare with, by the rule's own target stepsize, controller and plasticity if it has them."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 from dfc_lightning.callbacks.lessons import controlled
 from dfc_lightning.control.checks import require
 from dfc_lightning.metrics import update_angle
+from dfc_lightning.training.logs import log
 
 
 class FeedbackMonitor(Callback):
@@ -54,5 +55,4 @@ class FeedbackMonitor(Callback):
             angles = update_angle(weights, self._before)
             metrics |= {f"turned/layer_{i}": angles[f"layer_{i}"] for i in range(1, len(weights) + 1)}
         self._before = weights
-        for logger in trainer.loggers:
-            logger.log_metrics({f"feedback_weights/{k}": float(v) for k, v in metrics.items()}, trainer.global_step + 1)
+        log(trainer, {f"feedback_weights/{name}": value for name, value in metrics.items()}, trainer.global_step + 1)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from dfc_lightning.callbacks.lessons import controlled
 from dfc_lightning.control.checks import require
+from dfc_lightning.training.logs import log
 
 
 class SettlingMonitor(Callback):
@@ -71,5 +72,4 @@ class SettlingMonitor(Callback):
             "diverged": 1 - sound.mean(),
             "control_norm": norm.sum() / sound.sum().clamp_min(1),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics({f"settling/{k}": float(v) for k, v in metrics.items()}, trainer.global_step + 1)
+        log(trainer, {f"settling/{name}": value for name, value in metrics.items()}, trainer.global_step + 1)

@@ -203,7 +203,7 @@ class ControlledTraining(Strategy):
         assert self._trainer is not None and self.network is not None
         settled = self.lesson.settled if self.lesson is not None else None
         if settled is not None and logs_at(self._trainer, self._trainer.fit_loop.total_batch_idx):
-            log(self._trainer, settling_metrics(settled, self.reduce))
+            log(self._trainer, settling_metrics(settled, self.reduce), self._trainer.global_step)
         every = self.learning.every_n_batches if self.learning is not None else 0
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
@@ -235,7 +235,7 @@ class ControlledTraining(Strategy):
         steps = self.learner.steps
         if metrics and logs_at(self._trainer, steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
-            log(self._trainer, {**named, "feedback/step": float(steps)}, steps)
+            log(self._trainer, {**named, "feedback/step": float(steps)}, self._trainer.global_step, steps)
 
     # Checkpoints
 

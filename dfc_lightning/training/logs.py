@@ -1,4 +1,4 @@
-"""What the strategies send to the trainer's loggers, and when."""
+"""What the strategies and the monitors send to the trainer's loggers, and when."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ def logs_at(trainer: pl.Trainer, step: int) -> bool:
     return every > 0 and (step + 1) % every == 0
 
 
-def log(trainer: pl.Trainer, metrics: Mapping[str, Tensor | float], own_step: int | None = None) -> None:
-    """Send metrics to all loggers, at ``own_step`` where a logger has an axis for it, else at the step of training."""
+def log(trainer: pl.Trainer, metrics: Mapping[str, Tensor | float], step: int, own_step: int | None = None) -> None:
+    """Send metrics to all loggers at ``step``, or at ``own_step`` where one is given and a logger has an axis for it."""
     values = {name: float(value) for name, value in metrics.items()}
     for logger in trainer.loggers:
         in_table = isinstance(logger, (CSVLogger, WandbLogger))  # with one column of steps, which is training's
-        step = trainer.global_step if own_step is None or in_table else own_step
-        logger.log_metrics(values, step)
+        logger.log_metrics(values, step if own_step is None or in_table else own_step)
 
 
 def settling_metrics(settled: Settled, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
