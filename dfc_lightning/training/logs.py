@@ -19,7 +19,7 @@ def logs_at(trainer: pl.Trainer, step: int) -> bool:
 
 
 def log(trainer: pl.Trainer, metrics: Mapping[str, Tensor | float], step: int, own_step: int | None = None) -> None:
-    """Send metrics to all loggers at ``step``, or at ``own_step`` where one is given and a logger has an axis for it."""
+    """Send metrics to all loggers at ``step``, or at ``own_step`` if one is given and a logger has an axis for it."""
     values = {name: float(value) for name, value in metrics.items()}
     for logger in trainer.loggers:
         in_table = isinstance(logger, (CSVLogger, WandbLogger))  # with one column of steps, which is training's
