@@ -1,8 +1,9 @@
 """What does a feedback update cost, and how much of a sampled one is signal?
 
 A feedback update is the forward pass as far as the output and one step of feedback learning, its Adam included;
-"simulated" is the straightforward way to draw, unit by unit and step by step. The second table takes one batch of a
-fixed network and compares single draws of ``Sampled`` with ``Expected``.
+"simulated" is the straightforward way to draw, unit by unit and step by step; "without closed forms" is for the same
+network treated as one of any shape. The second table takes one batch of a fixed network and compares single draws of
+``Sampled`` with ``Expected``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 import harness
 import torch
-from problems import Problem, Recipe, add_sizes
+from problems import Problem, Settings, add_sizes
 from reference import Reference
 from torch import Tensor
 
 from dfc_lightning import FeedbackLearner, Sampled
-from dfc_lightning.feedback_learning.sampled import FeedbackMethod
+from dfc_lightning.feedback_learning.method import FeedbackMethod
 
 
 class Simulated(Sampled):
@@ -29,37 +30,37 @@ class Simulated(Sampled):
     draw = Sampled.gradient
 
 
-def methods(recipe: Recipe) -> dict[str, FeedbackMethod]:
+def methods(settings: Settings) -> dict[str, FeedbackMethod]:
     """The recipe's sampled feedback learning, also by simulation, and its expectation."""
-    name = f"Sampled, {recipe.sampled.steps} steps"
-    simulated = Simulated(**asdict(recipe.sampled))
-    return {name: recipe.sampled, f"{name}, simulated": simulated, "Expected": recipe.expected}
+    name = f"Sampled, {settings.sampled.steps} steps"
+    simulated = Simulated(**asdict(settings.sampled))
+    return {name: settings.sampled, f"{name}, simulated": simulated, "Expected": settings.expected}
 
 
-def feedback_update(problem: Problem, recipe: Recipe, method: FeedbackMethod) -> Callable[[], Any]:
+def feedback_update(problem: Problem, settings: Settings, method: FeedbackMethod) -> Callable[[], Any]:
     """A call that takes one feedback learning step."""
-    learner = FeedbackLearner(problem.network, replace(recipe.feedback, method=method))
+    learner = FeedbackLearner(problem.network, replace(settings.feedback, method=method))
     return lambda: learner.step(problem.network.observe(problem.x))
 
 
-def signal(problem: Problem, recipe: Recipe, draws: int) -> dict[str, Any]:
+def signal(problem: Problem, settings: Settings, draws: int) -> dict[str, Any]:
     """Single sampled gradients of one batch against the expected one; all layers taken together.
 
     Returns:
         ``cosines`` of the draws, ``noise`` as the root mean square of ‖g − E g‖ / ‖E g‖, and ``mean_distance``, that of
         the mean over the draws, beside ``mean_distance_by_chance`` = noise / √draws.
     """
-    activity, chain = problem.network.observe(problem.x), problem.network.chain()
+    forward = problem.network.observe(problem.x)
     generator = torch.Generator(problem.x.device).manual_seed(0)
 
     def noise(shape: tuple[int, int]) -> Tensor:
         return torch.randn(shape, generator=generator, device=problem.x.device, dtype=problem.x.dtype)
 
     def flat(method: FeedbackMethod) -> Tensor:
-        return torch.cat([g.flatten() for g in method.draw(chain, activity, noise)]).double()
+        return torch.cat([g.flatten() for g in method.draw(forward, noise)]).double()
 
-    mean = flat(recipe.expected)
-    samples = torch.stack([flat(recipe.sampled) for _ in range(draws)])
+    mean = flat(settings.expected)
+    samples = torch.stack([flat(settings.sampled) for _ in range(draws)])
     cosines = samples @ mean / (samples.norm(dim=1) * mean.norm())
     relative = float((samples - mean).square().sum(1).mean().sqrt() / mean.norm())
     return {
@@ -79,17 +80,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", default=100, type=int, help="sampled gradients to compare with the expected one")
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' implementation, timed without Adam")
     options = harness.parse(parser, argv)
-    recipe, where = Recipe.load(options.recipe, options), (options.batch, options.dtype, options.device)
-    plain = recipe.problem(*where)
+    settings, where = Settings.load(options.recipe, options), (options.batch, options.dtype, options.device)
+    plain = settings.problem(*where)
 
-    starts = {"random Q": recipe.feedback_init, "Q from weight products": "weight_product"}
-    signals = {name: signal(recipe.problem(*where, start), recipe, options.draws) for name, start in starts.items()}
+    starts = {"random Q": settings.feedback_init, "Q from weight products": "weight_product"}
+    signals = {name: signal(settings.problem(*where, start), settings, options.draws) for name, start in starts.items()}
 
     calls: dict[str, Callable[[], Any]] = {"backprop": lambda: plain.update(None)}
-    for name, method in methods(recipe).items():
-        calls[name] = feedback_update(recipe.problem(*where, recipe.feedback_init), recipe, method)
+    for name, method in methods(settings).items():
+        calls[name] = feedback_update(settings.problem(*where, settings.feedback_init), settings, method)
+    recorded = settings.problem(*where, settings.feedback_init).recorded()
+    calls["Expected, without closed forms"] = feedback_update(recorded, settings, settings.expected)
     if options.reference is not None:
-        theirs = Reference(options.reference, recipe, recipe.problem(*where, recipe.feedback_init))
+        theirs = Reference(options.reference, settings, settings.problem(*where, settings.feedback_init))
         calls["Sampled, authors' code"] = theirs.feedback_update
     times = harness.interleave(calls, options.repeats, options.device)
     costs: dict[str, Any] = {

@@ -15,12 +15,12 @@ from typing import Any
 
 import harness
 import torch
-from problems import Problem, Recipe, add_sizes
+from problems import Problem, Settings, add_sizes
 
 from dfc_lightning import FeedbackLearner
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.feedback_learning.sampled import FeedbackMethod
+from dfc_lightning.feedback_learning.method import FeedbackMethod
 from dfc_lightning.metrics import condition_two, feedback_angle
+from dfc_lightning.passes.dense import as_dense
 
 LOOKED_AT = 16
 """Samples whose J the feedback weights are compared with."""
@@ -28,12 +28,10 @@ LOOKED_AT = 16
 
 def tracking(problem: Problem, damping: float) -> dict[str, float]:
     """Condition 2 and the angle to the damped pseudoinverse, of the hidden layers and of each of them."""
-    chain = problem.network.chain()
-    activity = problem.network.observe(problem.x[:LOOKED_AT])
-    assert isinstance(chain, Chain) and isinstance(activity, Activity)
-    if chain.reducible:
-        chain, activity, _ = chain.reduced(activity)
-    jacobians, feedback = chain.jacobians(activity)[:-1], chain.feedback[:-1]
+    forward = as_dense(problem.network.observe(problem.x[:LOOKED_AT]), "A basis of the range of W_L", "Take an MLP.")
+    if forward.reducible:
+        forward, _ = forward.reduced()
+    jacobians, feedback = forward.jacobians()[:-1], list(forward.feedback[:-1])
     jacobian, stacked = torch.cat(jacobians, dim=2).double(), torch.cat(feedback).double()
     found = {
         "condition 2": float(condition_two(stacked, jacobian)),
@@ -42,19 +40,18 @@ def tracking(problem: Problem, damping: float) -> dict[str, float]:
     pseudoinverse = (
         jacobian.mT @ torch.linalg.pinv(jacobian @ jacobian.mT + damping * torch.eye(len(jacobian[0])))
     ).mean(0)
-    for i, (q, best) in enumerate(
-        zip(stacked.split(chain.widths[:-1]), pseudoinverse.split(chain.widths[:-1])), start=1
-    ):
+    hidden = forward.widths[:-1]
+    for i, (q, best) in enumerate(zip(stacked.split(hidden), pseudoinverse.split(hidden)), start=1):
         cosine = (q * best).sum() / (q.norm() * best.norm())
         found[f"angle {i}"] = float(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))))
     return found
 
 
-def learned(problem: Problem, recipe: Recipe, method: FeedbackMethod, options: Any) -> list[dict[str, float]]:
+def learned(problem: Problem, settings: Settings, method: FeedbackMethod, options: Any) -> list[dict[str, float]]:
     """The tracking before the first and after each pass, and the seconds a pass took."""
-    rate = options.rate * (recipe.feedback.initial_lr or recipe.feedback.lr)
-    learner = FeedbackLearner(problem.network, replace(recipe.feedback, method=method, initial_lr=rate))
-    batches = recipe.batches(options.batch, options.dtype, options.device)
+    rate = options.rate * (settings.feedback.initial_lr or settings.feedback.lr)
+    learner = FeedbackLearner(problem.network, replace(settings.feedback, method=method, initial_lr=rate))
+    batches = settings.batches(options.batch, options.dtype, options.device)
     rows = [{"seconds": 0.0, **tracking(problem, options.damping)}]
     for _ in range(options.passes):
         start = time.perf_counter()
@@ -78,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", default=1.0, type=float, help="size of the first Q in units of the recipe's")
     parser.add_argument("--damping", default=0.1, type=float, help="γ of the pseudoinverse")
     options = harness.parse(parser, argv)
-    recipe = Recipe.load("mnist_autoencoder/dfc_ss", options)
+    settings = Settings.load("mnist_autoencoder/dfc_ss", options)
 
     def fresh() -> Problem:
-        problem = recipe.problem(options.batch, options.dtype, options.device, recipe.feedback_init)
+        problem = settings.problem(options.batch, options.dtype, options.device, settings.feedback_init)
         optimizer = torch.optim.Adam(problem.network.module.parameters(), lr=1e-3)
-        batches = recipe.batches(options.batch, options.dtype, options.device)
+        batches = settings.batches(options.batch, options.dtype, options.device)
         for _, (x, y) in zip(range(options.train_steps), batches):
             replace(problem, x=x, y=y).update(None)
             optimizer.step()
@@ -91,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             q.data *= options.start
         return problem
 
-    methods: dict[str, FeedbackMethod] = {"Expected": recipe.expected, "Sampled": recipe.sampled}
-    results = {name: learned(fresh(), recipe, method, options) for name, method in methods.items()}
+    methods: dict[str, FeedbackMethod] = {"Expected": settings.expected, "Sampled": settings.sampled}
+    results = {name: learned(fresh(), settings, method, options) for name, method in methods.items()}
     columns = list(results["Sampled"][0])
     header = ("method", "pass", *columns)
     rows = [(name, k, *(row[c] for c in columns)) for name, found in results.items() for k, row in enumerate(found)]

@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import torch
 from feedback import feedback_update, methods
-from problems import Problem, Recipe
+from problems import Problem, Settings
 from settling import Row, add_options, rows
 from torch.profiler import ProfilerActivity, profile
 
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(euler_steps=20, train_steps=30)
     options = harness.parse(parser, argv)
     jobs = [(row.name, update_of(row), row.problem, row.baseline) for row in rows(options)]
-    recipe = Recipe.load("mnist/dfc_ss", options)
-    for name, method in methods(recipe).items():
-        problem = recipe.problem(options.batch, options.dtype, options.device)
-        jobs.append((f"feedback, {name}", feedback_update(problem, recipe, method), problem, "backprop"))
+    settings = Settings.load("mnist/dfc_ss", options)
+    for name, method in methods(settings).items():
+        problem = settings.problem(options.batch, options.dtype, options.device)
+        jobs.append((f"feedback, {name}", feedback_update(problem, settings, method), problem, "backprop"))
 
     found: dict[str, dict[str, float]] = {}
     for name, call, problem, baseline in jobs:

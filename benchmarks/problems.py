@@ -23,9 +23,9 @@ from dfc_lightning import (
     PIController,
     Sampled,
 )
-from dfc_lightning.control.feedback import FeedbackInit
 from dfc_lightning.experiments.composition import compose
 from dfc_lightning.models import MLP
+from dfc_lightning.network.initial_feedback import FeedbackInit
 from dfc_lightning.settling import SteadyState
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -71,10 +71,16 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem in another dtype."""
-        network = ControlledNetwork(copy.deepcopy(self.network.module).to(dtype))
+        network = ControlledNetwork(copy.deepcopy(self.network.module).to(dtype), general=self.network.general)
         network.load_state_dict({name: q.to(dtype) for name, q in self.network.state_dict().items()})
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         return replace(self, network=network, x=self.x.to(dtype), y=y)
+
+    def recorded(self) -> Problem:
+        """The same problem, its network treated as one of any shape: without the closed forms of a dense chain."""
+        network = ControlledNetwork(self.network.module, general=True)
+        network.load_state_dict(self.network.state_dict())
+        return replace(self, network=network)
 
     def float32_error(self, rule: LearningRule | None) -> float:
         """‖g₃₂ − g₆₄‖ / ‖g₆₄‖ of the update in float32 and in float64, from the same float32 numbers."""
@@ -84,7 +90,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Settings:
     """The settings of a recipe that a benchmark needs."""
 
     sizes: list[int]
@@ -97,7 +103,7 @@ class Recipe:
     reconstructs: bool
 
     @classmethod
-    def load(cls, name: str, options: argparse.Namespace) -> Recipe:
+    def load(cls, name: str, options: argparse.Namespace) -> Settings:
         """Settings of ``recipes/<name>.yaml``, its layers of 784 and 256 units as wide as the options say."""
         widths = {784: options.inputs, 256: options.hidden}
         tree = compose(RECIPES / f"{name}.yaml")

@@ -15,8 +15,10 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from problems import Problem, Recipe
+from problems import Problem, Settings
 from torch import Tensor
+
+from dfc_lightning.passes.dense import as_dense
 
 SIMULATED: dict[str, Any] = {
     "tmax_di": 1000,
@@ -55,20 +57,20 @@ class Reference:
 
     Args:
         path: the checkout.
-        recipe: the settings.
+        settings: those of the recipe.
         problem: what to copy.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, problem: Problem, **arguments: Any) -> None:
-        self.problem, first, *hidden, last = problem, *recipe.sizes
-        self.stepsize = recipe.target_stepsize * len(problem.x)  # theirs is for the mean loss
-        pi, published = recipe.controller, recipe.sampled
+    def __init__(self, path: Path, settings: Settings, problem: Problem, **arguments: Any) -> None:
+        self.problem, first, *hidden, last = problem, *settings.sizes
+        self.stepsize = settings.target_stepsize * len(problem.x)  # theirs is for the mean loss
+        pi, published = settings.controller, settings.sampled
         with self._quiet():
             self.network = network_class(path)(
                 first,
                 hidden,
                 last,
-                activation=recipe.nonlinearity,
+                activation=settings.nonlinearity,
                 alpha_di=pi.alpha,
                 k_p=pi.k_p,
                 learning_rule="nonlinear_difference",
@@ -88,9 +90,11 @@ class Reference:
                 sigma_output_fb=published.sigma,
                 **arguments,
             )
-        chain = problem.network.chain()
-        for layer, w, b, q in zip(self.network.layers, chain.weights, chain.biases, chain.feedback):
-            layer.weights.data, layer.bias.data, layer.feedbackweights = w.clone(), b.clone(), q.clone()
+        forward = as_dense(problem.network.observe(problem.x), "Their implementation", "Leave --reference out.")
+        for layer, w, b, q in zip(self.network.layers, forward.weights, forward.biases, forward.feedback):
+            layer.weights.data, layer.feedbackweights = w.clone(), q.clone()
+            if b is not None:
+                layer.bias.data = b.detach().clone()
 
     def update(self) -> None:
         """Forward pass, loss, and their backward with ``.grad`` written."""
@@ -124,6 +128,6 @@ class Reference:
             torch.set_default_dtype(default)
 
 
-def updates(path: Path, recipe: Recipe, problem: Problem) -> dict[str, Reference]:
+def updates(path: Path, settings: Settings, problem: Problem) -> dict[str, Reference]:
     """Theirs for each of ``UPDATES``."""
-    return {name: Reference(path, recipe, problem, **arguments) for name, arguments in UPDATES.items()}
+    return {name: Reference(path, settings, problem, **arguments) for name, arguments in UPDATES.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import harness
 from feedback import feedback_update
-from problems import Recipe, add_sizes
+from problems import Settings, add_sizes
 
 from dfc_lightning.settling import Linearized, SteadyState
 
@@ -26,41 +26,41 @@ SIZES = {
 LABELS = {"batch": "batch size", "width": "hidden width", "depth": "layers", "outputs": "outputs n_L"}
 
 
-def resized(recipe: Recipe, axis: str, size: int) -> Recipe:
+def resized(settings: Settings, axis: str, size: int) -> Settings:
     """The recipe with one size of its network changed."""
-    first, *hidden, last = recipe.sizes
+    first, *hidden, last = settings.sizes
     if axis == "width":
         hidden = [size] * len(hidden)
     elif axis == "depth":
         hidden = [hidden[0]] * (size - 1)
     elif axis == "outputs":
         last = size
-    return replace(recipe, sizes=[first, *hidden, last])
+    return replace(settings, sizes=[first, *hidden, last])
 
 
-def calls_at(recipe: Recipe, batch: int, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def calls_at(settings: Settings, batch: int, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """The methods on one network, each with feedback weights of its own."""
 
     def fresh() -> Any:
-        return recipe.problem(batch, options.dtype, options.device)
+        return settings.problem(batch, options.dtype, options.device)
 
     plain, first_order, steady, learning = fresh(), fresh(), fresh(), fresh()
-    ssa, ss = recipe.dfc(Linearized()), recipe.dfc(SteadyState(rtol=1e-5))
+    ssa, ss = settings.dfc(Linearized()), settings.dfc(SteadyState(rtol=1e-5))
     return {
         "backprop": lambda: plain.update(None),
         "DFC-SSA": lambda: first_order.update(ssa),
         "DFC-SS": lambda: steady.update(ss),
-        "feedback, Expected": feedback_update(learning, recipe, recipe.expected),
+        "feedback, Expected": feedback_update(learning, settings, settings.expected),
     }
 
 
 def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One entry a network and method."""
-    recipe = Recipe.load("mnist/dfc_ss", options)
+    settings = Settings.load("mnist/dfc_ss", options)
     for axis, sizes in SIZES.items():
         for size in (s for s in sizes if s <= getattr(options, f"max_{axis}")):
             batch = size if axis == "batch" else options.batch
-            calls = calls_at(resized(recipe, axis, size), batch, options)
+            calls = calls_at(resized(settings, axis, size), batch, options)
             times = harness.interleave(calls, options.repeats, options.device)
             for name in calls:
                 ms, ratio = harness.milliseconds(times, name), harness.ratio(times, name, "backprop")

@@ -1,25 +1,26 @@
 """What does one whole update cost, in units of a backprop step of the same network, batch and dtype?
 
 A row is forward pass, loss and ``backward()`` with ``.grad`` written; no optimizer. Rows named "trained" have weights
-and feedback weights from a brief training by DFC-SS on synthetic data with classes.
+and feedback weights from a brief training by DFC-SS on synthetic data with classes. Rows named "without closed forms"
+are of the same network and feedback weights, treated as a network of any shape.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import harness
 import reference
-from problems import Problem, Recipe, add_sizes
+from problems import Problem, Settings, add_sizes
 
-from dfc_lightning import DFA, Backprop, LearningRule, MinimumNorm, settling
-from dfc_lightning.settling import Euler, Linearized, SteadyState
+from dfc_lightning import DFA, Backprop, LearningRule, MinimumNorm
+from dfc_lightning.settling import Euler, Linearized, SteadyState, Trajectory
 
-TRAJECTORY: Any = getattr(settling, "Trajectory", None)
+WITHOUT = ", without closed forms"
 PAPER_TIME: dict[str, Any] = {"dt": 0.02, "tau_ratio": 0.2}
 
 
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def rows(options: argparse.Namespace) -> list[Row]:
     """The rows of the table, on the paper's MNIST network and on its autoencoder."""
     steady, where = SteadyState(rtol=1e-5), (options.batch, options.dtype, options.device)
-    mnist = Recipe.load("mnist/dfc_ss", options)
+    mnist = Settings.load("mnist/dfc_ss", options)
     fresh, stepsize = mnist.problem(*where), mnist.target_stepsize
     trained = mnist.trained(mnist.problem(*where), options.train_steps)
     found = [
@@ -60,10 +61,14 @@ def rows(options: argparse.Namespace) -> list[Row]:
         simulated = Euler(options.euler_steps, **PAPER_TIME)
         name = f"DFC, {options.euler_steps} steps"
         found.append(Row(name, fresh, mnist.dfc(simulated, integrate=True), "backprop", slow=True))
-    if TRAJECTORY is not None:
-        closed = TRAJECTORY(steps=options.euler_steps or 999, **PAPER_TIME)
-        found.append(Row("DFC, closed form", fresh, mnist.dfc(closed, integrate=True), "backprop"))
-    auto, base = Recipe.load("mnist_autoencoder/dfc_ss", options), "autoencoder: backprop"
+    closed = Trajectory(steps=options.euler_steps or 999, **PAPER_TIME)
+    found.append(Row("DFC, closed form", fresh, mnist.dfc(closed, integrate=True), "backprop"))
+    found += [
+        replace(row, name=row.name + WITHOUT, problem=row.problem.recorded())
+        for row in found
+        if row.name in ("Backprop()", "DFA()", "DFC-SSA", "DFC-SS")
+    ]
+    auto, base = Settings.load("mnist_autoencoder/dfc_ss", options), "autoencoder: backprop"
     fresh = auto.problem(*where)
     trained = auto.trained(auto.problem(*where), options.train_steps // 3)
     return found + [
@@ -78,9 +83,9 @@ def theirs(options: argparse.Namespace) -> dict[str, reference.Reference]:
     """The same updates of the fresh network by the authors' implementation, if a checkout of it is named."""
     if options.reference is None:
         return {}
-    recipe = Recipe.load("mnist/dfc_ss", options)
-    problem = recipe.problem(options.batch, options.dtype, options.device)
-    found = reference.updates(options.reference, recipe, problem)
+    settings = Settings.load("mnist/dfc_ss", options)
+    problem = settings.problem(options.batch, options.dtype, options.device)
+    found = reference.updates(options.reference, settings, problem)
     return {f"{name}, authors' code": each for name, each in found.items() if options.euler_steps or name == "DFC-SSA"}
 
 
@@ -102,6 +107,13 @@ def distance_to_simulation(measured: Sequence[Row]) -> str:
     simulated, closed = (row.problem.gradient(row.rule) for row in by_name.values())
     far = float((closed - simulated).norm() / simulated.norm())
     return f"\nThe closed form differs from the simulated update by {far:.1e} of its norm."
+
+
+def worth_of_closed_forms(times: harness.Times) -> str:
+    """The time without the closed forms of dense chains, in units of that with them."""
+    pairs = [(name, name + WITHOUT) for name in times if name + WITHOUT in times]
+    found = ", ".join(f"{name} {harness.ratio(times, without, name):.2f}" for name, without in pairs)
+    return f"\nWithout closed forms, times as long: {found}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("update", "ms", "× backprop", "worst residual", "iterations", "float32 error"),
         [(name, *(result.get(c) for c in columns)) for name, result in results.items()],
     )
+    remarks = distance_to_simulation(measured) + worth_of_closed_forms(times)
     note = f"Trained: {options.train_steps} steps (autoencoder {options.train_steps // 3}) on synthetic data, seeded."
-    harness.report("settling", options, {"updates": results}, f"{text}\n\n{note}{distance_to_simulation(measured)}")
+    harness.report("settling", options, {"updates": results}, f"{text}\n\n{note}{remarks}")
     ratios = {name: result["ratio"] for name, result in results.items()}
     harness.figure("settling", options, 1, 1, lambda axes: harness.bars(axes, ratios, "time, in backprop steps"))
 

@@ -1,14 +1,14 @@
 """Deep Feedback Control and other bio-plausible learning rules for PyTorch Lightning."""
 
-from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.network import ControlledNetwork
-from dfc_lightning.control.target import ClampedTarget, NudgedTarget
+from dfc_lightning.errors import ControlError
 from dfc_lightning.feedback_learning import Expected, FeedbackLearner, FeedbackLearning, Sampled
-from dfc_lightning.rules import DFA, DFC, Backprop, LearningRule, MinimumNorm
+from dfc_lightning.network import ControlledNetwork
+from dfc_lightning.passes import Deviation, ForwardPass
+from dfc_lightning.rules import DFA, DFC, Backprop, Direct, Layerwise, LearningRule, MinimumNorm, Update
+from dfc_lightning.settling import ClampedTarget, NudgedTarget, PIController
 
 try:
-    from dfc_lightning.training import DFCDDPStrategy, DFCStrategy
+    from dfc_lightning.training import DFCDDPStrategy, DFCOptimizerLoop, DFCStrategy
 except ModuleNotFoundError as error:  # the rules themselves need no Lightning
     if not (error.name or "").startswith(("lightning", "tqdm")):
         raise
@@ -23,13 +23,19 @@ __all__ = [
     "ControlError",
     "ControlledNetwork",
     "DFCDDPStrategy",
+    "DFCOptimizerLoop",
     "DFCStrategy",
+    "Deviation",
+    "Direct",
     "Expected",
     "FeedbackLearner",
     "FeedbackLearning",
+    "ForwardPass",
+    "Layerwise",
     "LearningRule",
     "MinimumNorm",
     "NudgedTarget",
     "PIController",
     "Sampled",
+    "Update",
 ]

@@ -19,7 +19,7 @@ from lightning_utilities.core.imports import RequirementCache
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.commands import COMMANDS
-from dfc_lightning.control.checks import ControlError
+from dfc_lightning.errors import ControlError
 from dfc_lightning.experiments.composition import BASE, CompositionError, composed
 from dfc_lightning.experiments.published import Published
 

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,15 +11,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from dfc_lightning.callbacks.conditions import Conditions
-from dfc_lightning.callbacks.lessons import controlled
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import ControlError, require
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
-from dfc_lightning.control.graph import Graph
-from dfc_lightning.control.points import ControlPoint
+from dfc_lightning.callbacks.controlled_trainer import controlled
+from dfc_lightning.errors import ControlError, require
 from dfc_lightning.metrics import gauss_newton_update, update_angle
-from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm, Update
+from dfc_lightning.network.learning_rule import Direct, LearningRule, Update
+from dfc_lightning.passes.dense import as_dense
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.recording.points import ControlPoint
+from dfc_lightning.rules import DFC, Backprop, MinimumNorm
 from dfc_lightning.settling import Linearized
+from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.inverse import DENSE_UP_TO
 from dfc_lightning.training.logs import log
 
@@ -30,7 +28,7 @@ REFERENCES = ("backprop", "gauss_newton", "minimum_norm", "ssa")
 CHEAP = ("backprop", "ssa")
 """Those of them that form no n_L × n_L matrix of each sample where outputs are wide."""
 
-Teach = Callable[[Evaluator, ForwardPass, Tensor], Update]
+Teach = Callable[[ForwardPass, Tensor], Update]
 
 
 class AlignmentMonitor(Callback):
@@ -51,14 +49,16 @@ class AlignmentMonitor(Callback):
     - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖.
 
     Of networks that are no chains of linear layers, the Gauss-Newton update, ``condition_1`` and ``stability`` are left
-    out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels.
+    out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels. Of rules without
+    direct feedback weights Q, all that is said of Q is left out, DFC-SSA included; of those without a controller,
+    ``condition_3``, ``stability`` and ``control_ratio``.
 
     Args:
         every_n_steps: number of optimizer steps from one look to the next.
         references: which of ``"backprop"``, ``"gauss_newton"`` (for each sample alone, damped), ``"minimum_norm"``
             (what DFC computes with ideal feedback) and ``"ssa"`` (DFC-SSA, in closed form) to compare with; None for
-            all, but without the second and third, which factorise an n_L × n_L matrix a sample, where the network has
-            more than ``DENSE_UP_TO`` outputs.
+            all that the network and the rule have, but without the second and third, which factorise an n_L × n_L
+            matrix a sample, where the network has more than ``DENSE_UP_TO`` outputs.
         damping: γ of the Gauss-Newton and minimum-norm updates, and of the pseudoinverse; the paper has 0.1.
         conditions: whether to log the conditions beside the angles; None for those that are cheap: beyond
             ``DENSE_UP_TO`` outputs only ``condition_1`` and ``control_ratio``.
@@ -108,32 +108,31 @@ class AlignmentMonitor(Callback):
         lesson, network = strategy.lesson, strategy.network
         if lesson is None or network is None or not lesson.taught:
             return
-        general = isinstance(lesson.chain, Graph)
-        if general:
-            self._check_general()
+        forward, grad, rule = lesson.forward, lesson.loss_grad, strategy.rule
+        assert forward is not None and grad is not None
+        self._check(forward, rule)
         if (trainer.global_step + 1) % self.every_n_steps:
             return
-        activity, grad, rule = lesson.activity, lesson.loss_grad, strategy.rule
-        assert lesson.chain is not None and activity is not None
-        chain = _sharing_jacobians(lesson.chain, activity)
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), _private_generators(grad.device):
-            narrow = activity.output.shape[1] <= DENSE_UP_TO
-            possible = [name for name in REFERENCES if narrow or name in CHEAP]
-            possible = [name for name in possible if not (general and name == "gauss_newton")]
-            self._names = possible if self.references is None else self.references
+        with (
+            torch.no_grad(),
+            torch.autocast(grad.device.type, enabled=False),
+            _private_generators(grad.device),
+            forward.holding_jacobians(),
+        ):
+            self._names = self._possible(forward, rule) if self.references is None else self.references
             teachers: list[Teach] = [rule.teach, *(self._reference(name, rule) for name in self._names)]
-            layers = [_by_layer(network.points, teach(chain, activity, grad)) for teach in teachers]
+            layers = [_by_layer(network.points, teach(forward, grad)) for teach in teachers]
             self._sizes = [len(layer) for layer in layers[0]]
             updates = torch.stack([torch.cat(each) for each in layers])
             if lesson.loss_reduction == "sum":
-                updates *= activity.batch_size
+                updates *= forward.batch_size
             self._updates = updates if self._updates is None else self._updates + updates
             if self.with_conditions is not False:
                 if self._conditions is None:
-                    dense = narrow or self.with_conditions is True
-                    self._conditions = Conditions(rule, chain, dense, self.damping, self.tau_ratio)
+                    dense = forward.outputs <= DENSE_UP_TO or self.with_conditions is True
+                    self._conditions = Conditions(rule, forward, dense, self.damping, self.tau_ratio)
                     self._conditions.to(grad.device)
-                self._conditions.update(chain, activity, lesson.settled)
+                self._conditions.update(forward, lesson.settled)
 
     @override
     def on_before_optimizer_step(
@@ -151,38 +150,45 @@ class AlignmentMonitor(Callback):
             values |= self._conditions.compute()
         log(trainer, {f"alignment/{name}": value for name, value in values.items()}, trainer.global_step + 1)
 
+    def _check(self, forward: ForwardPass, rule: LearningRule) -> None:
+        """Complain of what is asked for and this network or this rule does not have."""
+        asked = self.references or ()
+        if "gauss_newton" in asked:
+            others = tuple(name for name in REFERENCES if name != "gauss_newton")
+            as_dense(forward, f"references={asked}: the Gauss-Newton update", f"Choose of {others}.")
+        if self.tau_ratio is not None:
+            as_dense(
+                forward,
+                f"tau_ratio={self.tau_ratio}: the matrix of network and controller",
+                "Leave tau_ratio=None; alignment/condition_3 tells whether a slow controller is stable.",
+            )
+        if "ssa" in asked and not isinstance(rule.feedback, Direct):
+            raise ControlError(
+                f"references={asked}: the update of DFC-SSA is made by direct feedback weights Q_i, of which "
+                f"{type(rule).__name__} has none. Choose of {tuple(name for name in REFERENCES if name != 'ssa')}, or "
+                "train with a rule that has them, such as DFC()."
+            )
+
+    def _possible(self, forward: ForwardPass, rule: LearningRule) -> list[str]:
+        """The references that this network and this rule have, and that are cheap."""
+        left_out = set() if forward.dense else {"gauss_newton"}
+        if not isinstance(rule.feedback, Direct):
+            left_out.add("ssa")
+        names = REFERENCES if forward.outputs <= DENSE_UP_TO else CHEAP
+        return [name for name in names if name not in left_out]
+
     def _reference(self, name: str, rule: LearningRule) -> Teach:
         """The update to compare with, by the rule's own target stepsize, controller and plasticity if it has them."""
         if name == "backprop":
             return Backprop().teach
         if name == "gauss_newton":
-            return self._gauss_newton
-        if isinstance(rule, MinimumNorm):
-            like = DFC(target_stepsize=rule.target_stepsize, plasticity=rule.plasticity)
-        else:
-            like = rule if isinstance(rule, DFC) else DFC()
-        if name == "ssa":
-            return replace(like, settling=Linearized(), integrate=False).teach
-        return MinimumNorm(self.damping, like.target.stepsize, like.plasticity).teach
-
-    def _gauss_newton(self, chain: Evaluator, activity: ForwardPass, grad: Tensor) -> Update:
-        assert isinstance(chain, Chain) and isinstance(activity, Activity)
-        return gauss_newton_update(chain, activity, grad, self.damping)
-
-    def _check_general(self) -> None:
-        """Complain of what is asked for and known for chains alone."""
-        if "gauss_newton" in (self.references or ()):
-            raise ControlError(
-                f"references={self.references}: the Gauss-Newton update is known for chains of linear layers with "
-                f"elementwise functions between them, which this network is not. Choose of "
-                f"{tuple(name for name in REFERENCES if name != 'gauss_newton')}."
-            )
-        if self.tau_ratio is not None:
-            raise ControlError(
-                f"tau_ratio={self.tau_ratio}: the matrix of network and controller is known for chains of linear "
-                "layers with elementwise functions between them, which this network is not. Leave tau_ratio=None; "
-                "alignment/condition_3 tells whether a slow controller is stable."
-            )
+            return lambda forward, grad: gauss_newton_update(forward, grad, self.damping)
+        control = rule.control
+        stepsize, plasticity = control.target.stepsize, control.plasticity
+        if name == "minimum_norm":
+            return MinimumNorm(self.damping, stepsize, plasticity).teach
+        controller = control.controller or PIController()
+        return DFC(Linearized(), controller, target_stepsize=stepsize, plasticity=plasticity).teach
 
 
 def _by_layer(points: Sequence[ControlPoint], update: Update) -> list[Tensor]:
@@ -191,14 +197,6 @@ def _by_layer(points: Sequence[ControlPoint], update: Update) -> list[Tensor]:
         torch.cat([t.flatten() for p, t in zip(point.parameters, pair) if p.requires_grad])
         for point, pair in zip(points, update.gradients)
     ]
-
-
-def _sharing_jacobians(chain: Evaluator, activity: ForwardPass) -> Evaluator:
-    """A copy of the chain that works out the Jacobians of the feedforward state once, for all who ask for them."""
-    shared = copy.copy(chain)
-    found = functools.cache(lambda: chain.jacobians(activity))
-    shared.__dict__["jacobians"] = lambda at: found() if at is activity else chain.jacobians(at)
-    return shared
 
 
 def _private_generators(device: torch.device) -> Any:

@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dfc_lightning.control.chain import Chain
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
-from dfc_lightning.control.graph import Graph
-from dfc_lightning.control.wiring import GraphActivity
 from dfc_lightning.metrics import (
     ConditionOne,
     ConditionTwo,
@@ -19,7 +15,8 @@ from dfc_lightning.metrics import (
     control_matrix,
     instantaneous_matrix,
 )
-from dfc_lightning.rules import DFC, Backprop, LearningRule, MinimumNorm
+from dfc_lightning.network.learning_rule import Direct, LearningRule
+from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.settled import Settled
 
 
@@ -30,8 +27,8 @@ class Conditions:
     norm of what a layer hears does not weigh its units.
 
     Args:
-        rule: the rule; one without feedback weights or without a controller leaves out what is said of these.
-        chain: the network.
+        rule: the rule; one without direct feedback weights or a controller leaves out what is said of these.
+        forward: a pass of the network.
         dense: whether to measure those that form n_L × n_L matrices of each sample.
         damping: γ of the pseudoinverse that the feedback weights are compared with.
         tau_ratio: τ_v / τ_u of the full network-and-controller matrix; None to leave that out.
@@ -40,22 +37,23 @@ class Conditions:
     def __init__(
         self,
         rule: LearningRule,
-        chain: Evaluator,
+        forward: ForwardPass,
         dense: bool = True,
         damping: float = 0.1,
         tau_ratio: float | None = None,
     ) -> None:
-        self.controller = rule.controller if isinstance(rule, DFC) else None
+        direct = isinstance(rule.feedback, Direct)
+        self.controller = rule.control.controller if direct else None
         self.tau_ratio = tau_ratio
-        self.metrics: dict[str, Metric] = {} if isinstance(chain, Graph) else {"condition_1": ConditionOne()}
-        if dense and not isinstance(rule, (Backprop, MinimumNorm)):
+        self.metrics: dict[str, Metric] = {"condition_1": ConditionOne()} if forward.dense else {}
+        if dense and direct:
             self.metrics["condition_2"] = ConditionTwo()
             self.metrics["feedback_to_transpose"] = FeedbackAngle("transpose")
             self.metrics["feedback_to_pseudoinverse"] = FeedbackAngle("pseudoinverse", damping)
         if dense and self.controller is not None:
             self.metrics["condition_3"] = StabilityEigenvalue()
         if self.controller is not None:
-            self.metrics["control_ratio"] = ControlRatio(chain.depth)
+            self.metrics["control_ratio"] = ControlRatio(forward.depth)
             if tau_ratio is not None:
                 self.metrics["stability"] = StabilityEigenvalue()
 
@@ -64,29 +62,27 @@ class Conditions:
         for metric in self.metrics.values():
             metric.to(device)
 
-    def update(self, chain: Evaluator, activity: ForwardPass, settled: Settled | None) -> None:
+    def update(self, forward: ForwardPass, settled: Settled | None) -> None:
         """Count a batch in.
 
         Args:
-            chain: the network.
-            activity: its feedforward pass.
+            forward: the pass.
             settled: the controlled network, where the rule has one.
         """
-        metrics, feedback = self.metrics, chain.stacked_feedback
+        metrics = self.metrics
         if "condition_1" in metrics:
-            metrics["condition_1"].update(activity.presynaptic())
+            metrics["condition_1"].update(forward.presynaptic)
         if "condition_2" in metrics:
-            jacobian = torch.cat(chain.jacobians(activity), dim=2)
+            jacobian, feedback = torch.cat(forward.jacobians(), dim=2), forward.stacked_feedback
             for name in ("condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse"):
                 metrics[name].update(feedback, jacobian)
             if self.controller is not None:
                 matrix = instantaneous_matrix(feedback, jacobian, self.controller.steady_leakage)
                 metrics["condition_3"].update(matrix)
         if self.controller is not None and self.tau_ratio is not None:
-            assert isinstance(chain, Chain)
-            metrics["stability"].update(control_matrix(chain, activity.slopes, self.controller, self.tau_ratio))
+            metrics["stability"].update(control_matrix(forward, self.controller, self.tau_ratio))
         if "control_ratio" in metrics and settled is not None:
-            metrics["control_ratio"].update(*_drives(chain, activity, settled))
+            metrics["control_ratio"].update(*_drives(forward, settled))
 
     def compute(self) -> dict[str, Tensor]:
         """The values over all batches and ranks since the last call."""
@@ -98,14 +94,8 @@ class Conditions:
         return values
 
 
-def _drives(chain: Evaluator, activity: ForwardPass, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
+def _drives(forward: ForwardPass, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
     """Q_i u and W_i r_{i−1} of the samples that have not diverged; W r of a normalisation lacks its shift."""
     sound = settled.counted(drop_unconverged=False)
-    if isinstance(chain, Graph):
-        assert isinstance(activity, GraphActivity)
-        shifts = [segment.shift(v) for segment, v in zip(activity.wiring.segments, activity.v)]
-    else:
-        assert isinstance(chain, Chain)
-        shifts = [0.0 if b is None else b for b in chain.biases]
-    basal = [(v + moved - b)[sound] for v, moved, b in zip(activity.v, settled.response.basal, shifts)]
-    return chain.spread(chain.apical(settled.control[sound])), basal
+    basal = forward.basal_drive(settled.response)
+    return [a[sound] for a in forward.apical(settled.control)], [w[sound] for w in basal]

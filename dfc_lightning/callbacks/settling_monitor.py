@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from dfc_lightning.callbacks.lessons import controlled
-from dfc_lightning.control.checks import require
+from dfc_lightning.callbacks.controlled_trainer import controlled
+from dfc_lightning.errors import require
 from dfc_lightning.training.logs import log
 
 
@@ -47,8 +47,8 @@ class SettlingMonitor(Callback):
         lesson = controlled(trainer, self).lesson
         if (trainer.global_step + 1) % self.every_n_steps or lesson is None or lesson.settled is None:
             return
-        settled, target = lesson.settled, getattr(lesson.rule, "target", None)
-        norm = torch.linalg.vector_norm(settled.control, dim=1) / (1.0 if target is None else target.stepsize)
+        settled = lesson.settled
+        norm = torch.linalg.vector_norm(settled.control, dim=1) / lesson.rule.control.target.stepsize
         sound = settled.counted(drop_unconverged=False)
         rows = (settled.residual.nan_to_num(torch.inf), settled.converged, sound, torch.where(sound, norm, 0.0))
         self._seen.append(torch.stack([row.to(norm) for row in rows]))

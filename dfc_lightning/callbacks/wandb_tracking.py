@@ -16,7 +16,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 from typing_extensions import override
 
-from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.errors import ControlError, require
 from dfc_lightning.rules import Backprop
 from dfc_lightning.training.controlled import ControlledTraining
 
@@ -150,7 +150,7 @@ class WandbTracking(Callback):
         weights = {f"W.{n.removesuffix('.weight')}": p for n, p in pl_module.named_parameters() if p.dim() > 1}
         network = trainer.strategy.network if isinstance(trainer.strategy, ControlledTraining) else None
         if network is not None:
-            weights |= {f"Q.{point.name}": q for point, q in zip(network.points, network.feedback)}
+            weights |= {f"Q.{point.name}": q for point, q in zip(network.points, network.feedback) if q.numel()}
         histograms = {name.replace(".", "/"): wandb.Histogram(_array(weight)) for name, weight in weights.items()}
         self._run.log({**histograms, "trainer/global_step": step})
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfc_lightning.control.checks import ControlError
+from dfc_lightning.errors import ControlError
 from dfc_lightning.plots import dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.graph import Graph, GraphActivity, Layered
-from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.errors import require
 from dfc_lightning.feedback_learning.expected import Expected
-from dfc_lightning.feedback_learning.layers import Layers, able_units
-from dfc_lightning.feedback_learning.sampled import FeedbackMethod
+from dfc_lightning.feedback_learning.method import FeedbackMethod, Noise
+from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.passes.forward_pass import ForwardPass
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class FeedbackLearning:
         eps: Adam's epsilon.
         weight_decay: L2 decay, as Adam has it.
         clip_norm: bound on the joint norm of all feedback gradients; None for none.
-        train_output: let Q_L learn too; else it stays the identity.
+        train_output: let the feedback weights of the points that are the output learn too; else they stay as they
+            are, Q_L the identity.
     """
 
     method: FeedbackMethod = field(default_factory=Expected)
@@ -66,6 +65,11 @@ class FeedbackLearning:
         )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or more")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero")
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are any feedback learning steps by it."""
+        return bool(self.initial_passes or self.passes_per_epoch or self.every_n_batches)
 
 
 EVERY_BATCH = FeedbackLearning(Expected(gated=True), passes_per_epoch=0, every_n_batches=1, every_nth_sample=8)
@@ -107,31 +111,45 @@ class FeedbackLearner:
         self._optimizer: torch.optim.Adam | None = None
         self._initial = False
 
-    def step(self, activity: Activity | GraphActivity, initial: bool = False) -> dict[str, Tensor]:
+    def step(self, forward: ForwardPass, initial: bool = False) -> dict[str, Tensor]:
         """One feedback learning step on a feedforward pass.
 
         Args:
-            activity: the feedforward pass, from :meth:`ControlledNetwork.observe`.
+            forward: the feedforward pass, from :meth:`ControlledNetwork.observe`.
             initial: whether this step belongs to the initial passes.
+
+        Returns:
+            What :meth:`descend` does.
+        """
+        gradients, shares = self._gradients(self.network.bound(forward))
+        return self.descend(gradients, initial, shares)
+
+    def descend(
+        self, gradients: Sequence[Tensor], initial: bool = False, shares: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One step of the optimizer down gradients of the feedback weights.
+
+        Args:
+            gradients: this process's, one a point, whose mean over the processes is that of the joint batch. Clipping
+                may overwrite them.
+            initial: whether this step belongs to the initial passes.
+            shares: the share of the samples that each row of a gradient is a sum over, (n_i, 1) a point, to divide it
+                by; None for all samples.
 
         Returns:
             ``norm``, the norm of all feedback weights, and ``grad_norm``, that of their gradient, both scalars.
         """
-        chain = self.network.chain()
-        gradients = self._gradients(chain, activity)
-        if self.ranks.world_size > 1:
-            gradients = list(self.ranks.mean(torch.cat(gradients)).split(chain.widths))
-        if self.learning.method.gated:  # sums over the samples in which a unit learns, and their share beside them
-            least = 1 / (len(activity.output) * self.ranks.world_size)
-            gradients = [g[:, :-1] / g[:, -1:].clamp_min(least) for g in gradients]
-        learned = self._learned()
-        for q, gradient in zip(learned, gradients):
+        count = len(gradients)
+        gradients = self._averaged([*gradients, *(shares or ())])
+        if shares is not None:  # where no sample counts, the sum is zero
+            gradients = [g / s.masked_fill(s == 0, 1.0) for g, s in zip(gradients[:count], gradients[count:])]
+        for q, gradient in zip(self.network.feedback, gradients):
             q.grad = gradient
         bound = torch.inf if self.learning.clip_norm is None else self.learning.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(learned, bound)
+        norm = torch.nn.utils.clip_grad_norm_(self._learned(), bound)
         if torch.isfinite(norm):
             self._optimizer_for(initial).step()
-        for q in learned:
+        for q in self.network.feedback:
             q.grad = None
         self.steps += 1
         size = torch.stack([q.detach().square().sum() for q in self.network.feedback]).sum().sqrt()
@@ -159,9 +177,24 @@ class FeedbackLearner:
                         "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
                     )
 
-    def _gradients(self, chain: Chain | Graph, activity: Activity | GraphActivity) -> list[Tensor]:
-        """This process's gradients, whose mean over the processes is that of the joint batch."""
-        ranks, output = self.ranks, activity.output
+    def _gradients(self, forward: ForwardPass) -> tuple[list[Tensor], list[Tensor] | None]:
+        """This process's gradients and, of a gated method, the shares of the samples that they are sums over."""
+        method, world_size, weight = self.learning.method, self.ranks.world_size, 1.0
+        size, noise = forward.batch_size, self._noise(forward.output)
+        every = max(self.learning.every_nth_sample, method.every_nth_sample(forward))
+        if every > 1:
+            mine = [i for i in range(size) if (i * world_size + self.ranks.rank) % every == 0]
+            if not mine:
+                shares = [q.new_zeros(len(q), 1) for q in forward.feedback]
+                return [torch.zeros_like(q) for q in forward.feedback], shares if method.gated else None
+            forward = forward.samples(torch.tensor(mine, device=forward.output.device))
+            weight = len(mine) * world_size / math.ceil(size * world_size / every)
+        gradients = [gradient * weight for gradient in method.draw(forward, noise)]
+        return gradients, [m.mean(0).unsqueeze(1) * weight for m in forward.able] if method.gated else None
+
+    def _noise(self, output: Tensor) -> Noise:
+        """Draws for the samples of ``output``, (B, n_L), out of those for the joint batch."""
+        ranks = self.ranks
         generator = torch.Generator(output.device).manual_seed(_mixed(self.seed, self.steps))
 
         def noise(shape: tuple[int, int]) -> Tensor:
@@ -170,27 +203,18 @@ class FeedbackLearner:
             draws = torch.randn(joint, generator=generator, device=output.device, dtype=torch.float32)
             return draws[ranks.rank :: ranks.world_size].to(output.dtype)
 
-        def draw() -> list[Tensor]:
-            layers: Layers = chain if isinstance(chain, Chain) else chain.layered(cast(GraphActivity, activity))
-            found = method.draw(layers, activity, noise)
-            if method.gated:
-                shares = [m.mean(0).unsqueeze(1) for m in able_units(layers, activity)]
-                found = [torch.cat(pair, dim=1) for pair in zip(found, shares)]
-            return layers.apart(found) if isinstance(layers, Layered) else found
+        return noise
 
-        method, share = self.learning.method, 1.0
-        every = max(self.learning.every_nth_sample, method.every_nth_sample(chain))
-        if every > 1:
-            mine = (i for i in range(len(output)) if (i * ranks.world_size + ranks.rank) % every == 0)
-            taken = torch.tensor(list(mine), device=output.device, dtype=torch.long)
-            if len(taken) == 0:
-                return [q.new_zeros(q.shape[0], q.shape[1] + method.gated) for q in chain.feedback]
-            activity = activity.samples(taken)
-            share = len(taken) * ranks.world_size / math.ceil(len(output) * ranks.world_size / every)
-        return [gradient * share for gradient in draw()]
+    def _averaged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means over the processes, by one reduction."""
+        if self.ranks.world_size == 1:
+            return list(tensors)
+        flat = self.ranks.mean(torch.cat([t.flatten() for t in tensors]))
+        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
     def _learned(self) -> list[torch.nn.Parameter]:
-        return self.network.feedback if self.learning.train_output else self.network.feedback[:-1]
+        fixed: Sequence[int] = () if self.learning.train_output else self.network.outputs_at
+        return [q for i, q in enumerate(self.network.feedback) if i not in fixed]
 
     def _optimizer_for(self, initial: bool) -> torch.optim.Adam:
         if self._optimizer is None or self._initial != initial:

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.graph import Graph
-from dfc_lightning.control.layered import Layered
-from dfc_lightning.control.wiring import GraphActivity
-from dfc_lightning.feedback_learning.drawn import drawn
-from dfc_lightning.feedback_learning.layers import AnyActivity, Layers, able_units, outputs
-from dfc_lightning.feedback_learning.loop import Phase
-from dfc_lightning.feedback_learning.modes import drawn_in_modes
-from dfc_lightning.settling.dynamics import ControlledDynamics, Dynamics, TimeStep, stacked_noise
-from dfc_lightning.settling.graph_dynamics import GraphDynamics
-
-Noise = Callable[[tuple[int, int]], Tensor]
-"""A source of standard normal draws of the shape (B, …) it is asked for."""
-
-Gradient = Callable[[Layers, AnyActivity, Noise], list[Tensor]]
-"""Takes what :meth:`FeedbackMethod.gradient` does."""
+from dfc_lightning.errors import require
+from dfc_lightning.feedback_learning.layers import LayerGroups
+from dfc_lightning.feedback_learning.matheron import drawn
+from dfc_lightning.feedback_learning.method import FeedbackMethod, Noise
+from dfc_lightning.feedback_learning.phase import Phase
+from dfc_lightning.feedback_learning.slow_modes import drawn_in_modes
+from dfc_lightning.passes.dense import DensePass
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.dynamics import dynamics_of, stacked_noise
+from dfc_lightning.settling.time_step import TimeStep
 
 DRAWN_UP_TO = 28
 """Widest output for which :meth:`Sampled.draw` forms each sample's J_i; beyond, it takes few functions of time."""
 
 
-class FeedbackMethod(ABC):
-    """How the gradient of the feedback weights is had."""
+@singledispatch
+def reducible(forward: ForwardPass) -> DensePass | None:
+    """The pass itself if it is one of a chain whose output is wider than the layer before it can move, else None."""
+    return None
 
-    gated: bool = False
-    """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
 
-    @abstractmethod
-    def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        """The gradient for each Q_i, (n_i, n_L), to be descended.
-
-        Args:
-            chain: the controlled chain.
-            activity: its feedforward activity.
-            noise: source of standard normal draws.
-        """
-
-    def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        """What a feedback learning step descends: a gradient of the same law as :meth:`gradient`, however drawn."""
-        return self.gradient(chain, activity, noise)
-
-    def every_nth_sample(self, chain: Layers | Graph) -> int:
-        """Which part of the samples a feedback learning step need take for :meth:`draw`: 1 for all of them."""
-        return 1
+@reducible.register
+def _(forward: DensePass) -> DensePass | None:
+    return forward if forward.reducible else None
 
 
 @dataclass(frozen=True)
@@ -109,98 +88,79 @@ class Sampled(FeedbackMethod):
     @property
     def time_step(self) -> TimeStep:
         """The discretisation."""
-        return TimeStep(
-            self.dt,
-            self.tau_ratio,
-            self.apical_tau,
-            self.instant_transmission,
-            self.instant_system,
-            proactive=False,
-        )
+        scales = self.dt, self.tau_ratio, self.apical_tau
+        return TimeStep(*scales, self.instant_transmission, self.instant_system, proactive=False)
 
     @property
     def controller(self) -> PIController:
         """The controller of this phase."""
         return PIController(self.alpha, self.k_p, self.leak)  # type: ignore[arg-type]
 
-    def gradient(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        """The gradient for each Q_i, (n_i, n_L), to be descended: mean over batch and time of v_i^fb uᵀ / σ².
+    def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
+        """The gradient for Q_i of each point, (n_i, n_L), to be descended: mean over batch and time of v_i^fb uᵀ / σ².
 
         The nonlinear network is simulated, unit by unit.
 
         Args:
-            chain: the controlled chain.
-            activity: its feedforward activity.
+            forward: the feedforward pass, bound to the feedback weights Q_i.
             noise: source of standard normal draws, one call a step. Without noise in an output that is wider than the
                 layer before it, the output's draws are fewer: only what that layer can move is simulated.
         """
-        return self._in_range(self._simulated, chain, activity, noise)
+        return self._in_range(self._simulated, forward, noise)
 
-    def draw(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+    def draw(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
         """A gradient with the law of :meth:`gradient` to first order in σ, without simulating the units.
 
-        See :mod:`.drawn`, and :mod:`.modes` for chains of more than ``DRAWN_UP_TO`` outputs, where the law has relative
-        errors of 1e-4. Where neither does, the units are simulated: wide outputs of graphs, and such as have noise of
-        their own under much proportional gain, which moves the control at every step.
+        See :mod:`.matheron`, and :mod:`.slow_modes` for chains of more than ``DRAWN_UP_TO`` outputs, where the law has
+        relative errors of 1e-4. Where neither does, the units are simulated: wide outputs of other networks, and such
+        as have noise of their own under much proportional gain, which moves the control at every step.
 
         Args:
-            chain: the controlled chain, or the layers of a graph.
-            activity: its feedforward activity.
+            forward: the feedforward pass, bound to the feedback weights Q_i.
             noise: source of standard normal draws of the shapes it asks for.
         """
-        return self._in_range(self._drawn, chain, activity, noise)
+        return self._in_range(self._drawn, forward, noise)
 
-    def _in_range(self, method: Gradient, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
+    def _in_range(
+        self, method: Callable[[ForwardPass, Noise], list[Tensor]], forward: ForwardPass, noise: Noise
+    ) -> list[Tensor]:
         """The gradient by ``method``, in the range of W_L where the output stays in it."""
-        if not self._reduces(chain):
-            return method(chain, activity, noise)
-        assert isinstance(chain, Chain) and isinstance(activity, Activity)
-        small, same, basis = chain.reduced(activity)
-        *hidden, output = method(small, same, noise)
+        chain = self._reducible(forward)
+        if chain is None:
+            return method(forward, noise)
+        small, basis = chain.reduced()
+        *hidden, output = method(small, noise)
         return [*(g @ basis.T for g in hidden), basis @ output @ basis.T]
 
-    def _reduces(self, chain: Layers | Graph) -> bool:
-        return self.sigma_output == 0 and chain.reducible
+    def _reducible(self, forward: ForwardPass) -> DensePass | None:
+        return reducible(forward) if self.sigma_output == 0 else None
 
-    def _drawn(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        arguments = activity, self._relative_sigmas(chain.depth), noise, self.gated
+    def _drawn(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
+        layers = LayerGroups(forward)
+        phase, sigmas = self.phase(layers.depth), self._relative_sigmas(layers.depth)
         found: list[Tensor] | None
-        if outputs(chain) <= DRAWN_UP_TO:
-            found = [total.T for total in drawn(self.phase(chain.depth), chain, *arguments)]
-        elif isinstance(chain, Chain):
-            found = drawn_in_modes(self.phase(chain.depth), chain, *arguments)  # type: ignore[arg-type]
+        if forward.outputs <= DRAWN_UP_TO:
+            found = layers.by_point([total.T for total in drawn(layers, phase, sigmas, noise, self.gated)])
         else:
-            found = None
+            found = drawn_in_modes(forward, phase, sigmas, noise, self.gated)
         if found is None:
-            return self._simulated(chain, activity, noise)
-        scale = self._scale(activity) * (self.sigma * self.dt**0.5 / self.apical_tau) ** 2
+            return self._simulated(forward, noise)
+        scale = self._scale(forward) * self._kick**2
         return [total * scale for total in found]
 
-    def _simulated(self, chain: Layers, activity: AnyActivity, noise: Noise) -> list[Tensor]:
-        still, sigmas = torch.zeros_like(activity.output), self._relative_sigmas(chain.depth)
-        dynamics: ControlledDynamics
-        if isinstance(chain, Layered):
-            assert isinstance(activity, GraphActivity)
-            dynamics = GraphDynamics(chain.graph, activity, still, self.controller, self.time_step)
-            sigmas, widths = chain.of_points(sigmas), chain.graph.widths
-        else:
-            assert isinstance(activity, Activity)
-            dynamics = Dynamics(chain, activity, still, self.controller, self.time_step)
-            widths = chain.widths
-        kick = stacked_noise(sigmas, widths, activity.output) * (self.sigma * self.dt**0.5 / self.apical_tau)
-        total = activity.output.new_zeros(sum(widths), outputs(chain))
-        able: Tensor | None = None
-        if self.gated:
-            masks = [m.T for m in able_units(chain, activity)]
-            able = torch.cat(chain.apart(masks) if isinstance(chain, Layered) else masks).T
-        shape = (activity.batch_size, sum(widths))
+    def _simulated(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
+        layers, output, widths = LayerGroups(forward), forward.output, forward.widths
+        sigmas = layers.of_points(self._relative_sigmas(layers.depth))
+        dynamics = dynamics_of(forward, torch.zeros_like(output), self.controller, self.time_step)
+        kick = stacked_noise(sigmas, widths, output) * self._kick
+        able = torch.cat(forward.able, dim=1) if self.gated else None
+        total = output.new_zeros(sum(widths), forward.outputs)
         for _ in range(self.steps):
             dynamics.advance_control()
             apical = dynamics.stacked_apical if able is None else dynamics.stacked_apical * able
             total.addmm_(apical.T, dynamics.u)
-            dynamics.advance_compartments(noise(shape).mul_(kick))
-        found = list((total * self._scale(activity)).split(widths))
-        return chain.together(found) if isinstance(chain, Layered) else found
+            dynamics.advance_compartments(noise((forward.batch_size, sum(widths))).mul_(kick))
+        return list((total * self._scale(forward)).split(list(widths)))
 
     def phase(self, depth: int) -> Phase:
         """The linearised phase of a network of that depth."""
@@ -211,6 +171,11 @@ class Sampled(FeedbackMethod):
         last = 1.0 if self.sigma_output is None else self.sigma_output / self.sigma
         return [1.0] * (depth - 1) + [last]
 
-    def _scale(self, activity: AnyActivity) -> float:
+    @property
+    def _kick(self) -> float:
+        """σ̃, what noise of standard deviation σ adds to an apical voltage in a step."""
+        return self.sigma * self.dt**0.5 / self.apical_tau
+
+    def _scale(self, forward: ForwardPass) -> float:
         """What makes a gradient of Σ_b Σ_t v_i^fb uᵀ."""
-        return 1 / (max(self.sigma, 0.01) ** 2 * self.steps * activity.batch_size)
+        return 1 / (max(self.sigma, 0.01) ** 2 * self.steps * forward.batch_size)

@@ -5,14 +5,12 @@ from dfc_lightning.metrics.condition_two import ConditionTwo, condition_two
 from dfc_lightning.metrics.control_ratio import ControlRatio, control_ratio
 from dfc_lightning.metrics.feedback_angle import FeedbackAngle, feedback_angle
 from dfc_lightning.metrics.gauss_newton import gauss_newton_update
-from dfc_lightning.metrics.nullspace import NullspaceRatio, nullspace_ratio
 from dfc_lightning.metrics.stability import (
     StabilityEigenvalue,
     control_matrix,
     instantaneous_matrix,
     stability_eigenvalue,
 )
-from dfc_lightning.metrics.step_stability import StepGrowthRate, step_growth_rate, step_matrix
 from dfc_lightning.metrics.update_angle import UpdateAngle, update_angle
 
 __all__ = [
@@ -20,9 +18,7 @@ __all__ = [
     "ConditionTwo",
     "ControlRatio",
     "FeedbackAngle",
-    "NullspaceRatio",
     "StabilityEigenvalue",
-    "StepGrowthRate",
     "UpdateAngle",
     "condition_one",
     "condition_two",
@@ -31,9 +27,6 @@ __all__ = [
     "feedback_angle",
     "gauss_newton_update",
     "instantaneous_matrix",
-    "nullspace_ratio",
     "stability_eigenvalue",
-    "step_growth_rate",
-    "step_matrix",
     "update_angle",
 ]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.checks import require
+from dfc_lightning.errors import require
 from dfc_lightning.metrics.base import SampleMean
 
 FeedbackTarget = Literal["transpose", "pseudoinverse"]

@@ -3,12 +3,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.rules.rule import Update
+from dfc_lightning.errors import require
+from dfc_lightning.network.learning_rule import Update
+from dfc_lightning.passes.dense import as_dense
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.gram import gram_factor
 
 
-def gauss_newton_update(chain: Chain, activity: Activity, loss_grad: Tensor, damping: float = 0.0) -> Update:
+def gauss_newton_update(forward: ForwardPass, loss_grad: Tensor, damping: float = 0.0) -> Update:
     r"""The mean over samples of the damped Gauss-Newton step of the weights and biases for each sample alone.
 
     .. math:: \frac{1}{B} \sum_b J_W^T (J_W J_W^T + \gamma I)^{-1} \frac{\partial \ell_b}{\partial r_L}
@@ -20,31 +22,29 @@ def gauss_newton_update(chain: Chain, activity: Activity, loss_grad: Tensor, dam
     J_W is never formed: the columns of W_i give J_W J_Wᵀ = Σ_i (‖r_{i−1}‖² + 1) J_i J_iᵀ, the 1 being the bias's.
 
     Args:
-        chain: the network; its feedback weights are not looked at.
-        activity: the feedforward pass of the batch.
+        forward: the pass of a chain; its feedback weights are not looked at.
         loss_grad: ∂ℓ_b/∂r_L of each sample's own loss, (B, n_L).
         damping: γ ≥ 0.
 
     Returns:
         The update with the sign of a gradient.
 
+    Raises:
+        ControlError: the network is no chain.
+
     Example:
         >>> import torch
-        >>> from dfc_lightning.control.nonlinearity import Identity
+        >>> from dfc_lightning.operations.nonlinearity import Identity
+        >>> from dfc_lightning.passes import DensePass, Layers
         >>> one = torch.eye(1)
-        >>> chain = Chain([2 * one], [None], [Identity()], [one])
-        >>> gauss_newton_update(chain, chain.feedforward(4 * one), torch.tensor([[8.0]])).weights
+        >>> forward = DensePass.run(4 * one, Layers([2 * one], [None], [Identity()]))
+        >>> gauss_newton_update(forward, torch.tensor([[8.0]])).weights
         [tensor([[2.]])]
     """
     require(damping >= 0, "damping", damping, "give a damping of zero or more")
-    inputs = activity.presynaptic()
-    jacobians = chain.jacobians(activity)
-    gram = loss_grad.new_zeros(1)
-    for j, r, bias in zip(jacobians, inputs, chain.biases):
-        weight = r.square().sum(1) + (0.0 if bias is None else 1.0)
-        gram = gram + (j @ j.mT) * weight.view(-1, 1, 1)
-    gram.diagonal(dim1=1, dim2=2).add_(damping)
-    factor, _ = torch.linalg.cholesky_ex(gram)
+    dense = as_dense(forward, "The Gauss-Newton update", "Take the minimum-norm update, MinimumNorm(), instead.")
+    jacobians = dense.jacobians()
+    weights = [r.square().sum(1) + float(bias is not None) for r, bias in zip(dense.presynaptic, dense.biases)]
+    factor = gram_factor(jacobians, damping, weights)
     solved = torch.cholesky_solve(loss_grad.unsqueeze(2), factor)
-    signals = [(j.mT @ solved).squeeze(2) for j in jacobians]
-    return Update(chain.update(activity, signals, inputs, 1 / activity.batch_size))
+    return Update(dense.gradients([(j.mT @ solved).squeeze(2) for j in jacobians]))

@@ -7,16 +7,16 @@ It is stable where all eigenvalues of A have negative real parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
+from dfc_lightning.errors import require
 from dfc_lightning.metrics.base import SampleMean
+from dfc_lightning.passes.dense import as_dense
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.settling.controller import PIController
 
 Reduction = Literal["mean", "max", "none"]
 
@@ -34,8 +34,7 @@ def instantaneous_matrix(feedback: Tensor, jacobian: Tensor, alpha: float) -> Te
 
 
 def control_matrix(
-    chain: Chain,
-    slopes: Sequence[Tensor],
+    forward: ForwardPass,
     controller: PIController,
     tau_ratio: float,
     coordinates: Literal["voltages", "driven"] = "voltages",
@@ -48,22 +47,29 @@ def control_matrix(
     from du/dt = c e − αu + k_p de/dt, where c = 1 if the control leaks and 1 + α k_p if its integral does.
 
     Args:
-        chain: the controlled chain.
-        slopes: D_i = φ'(v_i), one (B, n_i) a layer.
+        forward: the pass of a chain, bound to Q_i; A is that of its feedforward state.
         controller: α, k_p and what leaks.
         tau_ratio: τ = τ_v / τ_u.
         coordinates: ``"voltages"``, z = (Δv, u), the paper's Ã; or ``"driven"``, z = ((I − Ĵ)Δv, u), what each layer's
             own input does not account for, its A. The eigenvalues are the same.
+
+    Raises:
+        ControlError: the network is no chain.
     """
     require(tau_ratio > 0, "tau_ratio", tau_ratio, "give a ratio of time constants above zero, e.g. 0.2")
     require(coordinates in ("voltages", "driven"), "coordinates", coordinates, 'choose "voltages" or "driven"')
-    slopes = [d.double() for d in slopes]
-    q, sizes, outputs = torch.cat(chain.feedback).double(), chain.widths, chain.widths[-1]
+    dense = as_dense(
+        forward,
+        "The matrix of network and controller",
+        "instantaneous_matrix(...) tells whether a slow controller is stable.",
+    )
+    slopes = [d.double() for d in dense.slopes]
+    q, sizes, outputs = dense.stacked_feedback.double(), dense.widths, dense.outputs
     units, batch = sum(sizes), slopes[0].shape[0]
     identity = torch.eye(units + outputs, dtype=q.dtype, device=q.device)
     still = identity[:units, :units].repeat(batch, 1, 1)  # I − Ĵ
     start = 0
-    for w, d, n, m in zip(chain.weights[1:], slopes, sizes[1:], sizes):
+    for w, d, n, m in zip(dense.weights[1:], slopes, sizes[1:], sizes):
         still[:, start + m : start + m + n, start : start + m] -= w.double() * d.unsqueeze(1)
         start += m
     output = torch.zeros(batch, outputs, units, dtype=q.dtype, device=q.device)  # J_L°

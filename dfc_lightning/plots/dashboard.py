@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from dfc_lightning.control.checks import ControlError
+from dfc_lightning.errors import ControlError
 from dfc_lightning.plots.canvas import COLORS, panels, styled
 from dfc_lightning.plots.runs import Run
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Chain
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.feedback import averaged_pseudoinverse, initial_feedback
-from dfc_lightning.control.nonlinearity import Identity, Nonlinearity, Tanh
 from dfc_lightning.data.student_teacher import StudentTeacher
+from dfc_lightning.network.initial_feedback import pseudoinverse_mean
+from dfc_lightning.operations.nonlinearity import Identity, Nonlinearity, Tanh
+from dfc_lightning.passes.dense import DensePass, Layers
 from dfc_lightning.plots.figure_1d import Recording, record
-from dfc_lightning.settling.dynamics import TimeStep
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.time_step import TimeStep
 
 
 def controlled_student(seed: int = 0, batch_size: int = 128) -> Recording:
@@ -27,13 +27,12 @@ def controlled_student(seed: int = 0, batch_size: int = 128) -> Recording:
     data.setup()
     assert data.train_set is not None
     inputs, targets = data.train_set.inputs, data.train_set.targets
-    chain = _chain([15, 10, 10, 1], torch.Generator().manual_seed(seed))
-    feedback = averaged_pseudoinverse(chain, chain.feedforward(inputs))
-    chain = Chain(chain.weights, chain.biases, chain.nonlinearities, feedback)
-    activity = chain.feedforward(inputs[:1])
-    offset = 0.1 * (targets[:1] - activity.output)  # −λ ∂ℓ/∂r_L with λ = 0.05 and the squared error of the sample
+    layers = _layers([15, 10, 10, 1], torch.Generator().manual_seed(seed))
+    feedback = pseudoinverse_mean(DensePass.run(inputs, layers).jacobians())
+    forward = DensePass.run(inputs[:1], layers, feedback)
+    offset = 0.1 * (targets[:1] - forward.output)  # −λ ∂ℓ/∂r_L with λ = 0.05 and the squared error of the sample
     controller = PIController(alpha=0.0015, k_p=1.0, leak="control")
-    return record(chain, activity, offset, controller, TimeStep(dt=0.005, tau_ratio=0.2), steps=1999)
+    return record(forward, offset, controller, TimeStep(dt=0.005, tau_ratio=0.2), steps=1999)
 
 
 def small_jacobian(seed: int = 2) -> Tensor:
@@ -43,15 +42,15 @@ def small_jacobian(seed: int = 2) -> Tensor:
         seed: seed of the network and the input; by default one whose Jᵀ and J† are well apart.
     """
     generator = torch.Generator().manual_seed(seed)
-    chain = _chain([5, 2, 2], generator)
-    activity = chain.feedforward(torch.randn(1, 5, generator=generator))
-    return torch.cat(chain.jacobians(activity.slopes), dim=2)[0]
+    layers = _layers([5, 2, 2], generator)
+    forward = DensePass.run(torch.randn(1, 5, generator=generator), layers)
+    return torch.cat(forward.jacobians(), dim=2)[0]
 
 
-def _chain(sizes: list[int], generator: torch.Generator) -> Chain:
-    """A tanh network with linear output, Xavier weights and the weights' products for feedback."""
+def _layers(sizes: list[int], generator: torch.Generator) -> Layers:
+    """Those of a tanh network with linear output and Xavier weights."""
     weights = [torch.empty(after, before) for before, after in zip(sizes, sizes[1:])]
     for weight in weights:
         torch.nn.init.xavier_normal_(weight, generator=generator)
     nonlinearities: list[Nonlinearity] = [*(Tanh() for _ in weights[1:]), Identity()]
-    return Chain(weights, [None] * len(weights), nonlinearities, initial_feedback("weight_product", weights, generator))
+    return Layers(weights, [None] * len(weights), nonlinearities)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
+from dfc_lightning.errors import require
+from dfc_lightning.passes.dense import DensePass
 from dfc_lightning.plots.canvas import BLUE, GREY, RED, panels, styled
-from dfc_lightning.settling.dynamics import Dynamics, TimeStep
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.dense_dynamics import Dynamics
+from dfc_lightning.settling.time_step import TimeStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,34 +40,31 @@ class Recording:
     apical: list[Tensor]
 
 
-def record(
-    chain: Chain, activity: Activity, offset: Tensor, controller: PIController, step: TimeStep, steps: int
-) -> Recording:
+def record(forward: DensePass, offset: Tensor, controller: PIController, step: TimeStep, steps: int) -> Recording:
     """Simulate the controlled dynamics of one sample, Eq. (1) and (4) of Meulemans et al. (2021), and keep every state.
 
     Args:
-        chain: the controlled chain.
-        activity: the sample's feedforward activity; B = 1.
+        forward: the sample's forward pass, bound to its feedback weights; B = 1.
         offset: target minus feedforward output, δ_L, (1, n_L).
         controller: the controller.
         step: the discretisation.
         steps: T, the number of steps.
     """
-    require(activity.batch_size == 1, "activity", activity.batch_size, "record one sample: activity.samples(...)")
-    dynamics = Dynamics(chain, activity, offset, controller, step)
+    require(forward.batch_size == 1, "forward", forward.batch_size, "record one sample: forward.samples(...)")
+    dynamics = Dynamics(forward, offset, controller, step)
     outputs, controls, somatic, basal, apical = [], [], [], [], []
     for time in range(steps + 1):
         if time:
             dynamics.advance_control()
             dynamics.advance_compartments()
-        outputs.append(activity.output + dynamics.rates[-1])
+        outputs.append(forward.output + dynamics.rates[-1])
         controls.append(dynamics.u.clone())  # the next step overwrites it
         somatic.append(torch.cat(dynamics.somatic, dim=1))
         basal.append(torch.cat(dynamics.basal, dim=1))
         apical.append(dynamics.stacked_apical.clone())
-    compartments = [list(torch.cat(states).split(chain.widths, dim=1)) for states in (somatic, basal, apical)]
+    compartments = [list(torch.cat(states).split(forward.widths, dim=1)) for states in (somatic, basal, apical)]
     times = step.dt * torch.arange(steps + 1)
-    return Recording(times, torch.cat(outputs), (activity.output + offset)[0], torch.cat(controls), *compartments)
+    return Recording(times, torch.cat(outputs), (forward.output + offset)[0], torch.cat(controls), *compartments)
 
 
 @styled

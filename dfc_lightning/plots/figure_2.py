@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.checks import ControlError, require
+from dfc_lightning.errors import ControlError, require
 from dfc_lightning.plots.canvas import BLUE, GREEN, RED, panels, styled
 
 if TYPE_CHECKING:

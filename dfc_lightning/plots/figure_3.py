@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dfc_lightning.control.checks import ControlError
+from dfc_lightning.errors import ControlError
 from dfc_lightning.plots.canvas import BLUE, COLORS, GREEN, PURPLE, RED, panels, styled
 from dfc_lightning.plots.runs import Run, smoothed
 

@@ -7,21 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
-from dfc_lightning.control.feedback import FeedbackInit
-from dfc_lightning.rules.rule import LearningRule, Update
+from dfc_lightning.network.learning_rule import Direct, LearningRule, Update
+from dfc_lightning.passes.forward_pass import ForwardPass
 
 
 @dataclass(frozen=True)
 class DFA(LearningRule):
-    """Hidden layers learn from φ'(v_i) ⊙ Q_i ∂ℓ/∂r_L, the output layer from its own gradient."""
+    """Hidden layers learn from φ'(v_i) ⊙ Q_i ∂ℓ/∂r_L, those that are the output from their own error."""
 
-    feedback_init: ClassVar[FeedbackInit] = "xavier_normal"
+    feedback: ClassVar[Direct] = Direct(init="xavier_normal")
 
-    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        slopes = activity.slopes
-        signals = [d * error for d, error in zip(slopes, chain.spread(chain.apical(loss_grad)))]
-        if signals[-1].shape == loss_grad.shape:
-            signals[-1] = slopes[-1] * loss_grad
-        return Update(chain.update(activity, signals, activity.presynaptic(), 1 / activity.batch_size))
+        fed_back, own = forward.apical(loss_grad), forward.output_errors(loss_grad)
+        return Update(forward.gradients([d * q if e is None else e for d, q, e in zip(forward.slopes, fed_back, own)]))

@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
-from dfc_lightning.control.plasticity import PLASTICITIES, Plasticity
-from dfc_lightning.control.target import ClampedTarget, NudgedTarget
-from dfc_lightning.rules.rule import LearningRule, Update
+from dfc_lightning.errors import require
+from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, Update
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
+from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.settled import Settling, Simulation
 from dfc_lightning.settling.steady_state import SteadyState
+from dfc_lightning.settling.target import ClampedTarget, NudgedTarget
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DFC(LearningRule):
             the mean is still over all B. Diverged samples never give one.
     """
 
-    learns_feedback: ClassVar[bool] = True
+    feedback: ClassVar[Direct] = Direct(learned=True)
 
     settling: Settling = field(default_factory=SteadyState)
     controller: PIController = field(default_factory=PIController)
@@ -61,26 +61,28 @@ class DFC(LearningRule):
         """The output target."""
         return ClampedTarget() if self.clamped else NudgedTarget(self.target_stepsize)
 
-    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
+    @property
+    def control(self) -> Control:
+        """Controller, target and plasticity."""
+        return Control(self.controller, self.target, self.plasticity)
+
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         offset = self.target.offset(loss_grad)
-        scale = -1 / (self.target.stepsize * activity.batch_size)
-        drop = self.unconverged == "drop"
-        if self.integrate:
-            assert isinstance(self.settling, Simulation)
+        scale, drop = -1 / self.target.stepsize, self.unconverged == "drop"
+        if isinstance(self.settling, Simulation) and self.integrate:
             settled, taught = self.settling.settle_and_integrate(
-                chain, activity, offset, self.controller, self.plasticity, drop
+                forward, offset, self.controller, self.plasticity, drop
             )
-            return Update([[t * scale for t in each] for each in taught], settled)
-        settled = self.settling.settle(chain, activity, offset, self.controller)
+            return Update([[t * scale for t in each] for each in taught], settled=settled)
+        settled = self.settling.settle(forward, offset, self.controller)
         counted = settled.counted(drop)
         response = settled.response if counted.all() else settled.response.where(counted)
-        return Update(steady_update(chain, activity, response, self.plasticity, scale), settled)
+        return Update(steady_gradients(forward, response, self.plasticity, scale), settled=settled)
 
 
-def steady_update(
-    chain: Evaluator, activity: ForwardPass, response: Deviation, plasticity: Plasticity, scale: float
+def steady_gradients(
+    forward: ForwardPass, deviation: Deviation, plasticity: Plasticity, scale: float
 ) -> list[list[Tensor]]:
     """``scale`` times the parameters' changes by Eq. (5) in one state of the controlled network."""
-    signals = chain.postsynaptic(activity, response, plasticity)
-    return chain.update(activity, signals, chain.presynaptic(activity, response), scale)
+    return forward.gradients(forward.postsynaptic(deviation, plasticity), forward.heard(deviation), scale)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
-from dfc_lightning.control.plasticity import Plasticity
-from dfc_lightning.control.target import NudgedTarget
-from dfc_lightning.rules.dfc import steady_update
-from dfc_lightning.rules.rule import LearningRule, Update
+from dfc_lightning.errors import require
+from dfc_lightning.network.learning_rule import Control, LearningRule, Update
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.gram import gram_factor
+from dfc_lightning.passes.plasticity import Plasticity
+from dfc_lightning.rules.dfc import steady_gradients
+from dfc_lightning.settling.target import NudgedTarget
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,23 @@ class MinimumNorm(LearningRule):
         require(self.damping >= 0, "damping", self.damping, "give a damping of zero or more")
         NudgedTarget(self.target_stepsize)  # checks it
 
-    def teach(self, chain: Evaluator, activity: ForwardPass, loss_grad: Tensor) -> Update:
+    @property
+    def control(self) -> Control:
+        """Target and plasticity."""
+        return Control(None, NudgedTarget(self.target_stepsize), self.plasticity)
+
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         offset = NudgedTarget(self.target_stepsize).offset(loss_grad)
-        driven = minimum_norm_voltages(chain, activity, offset, self.damping)
-        scale = -1 / (self.target_stepsize * activity.batch_size)
+        driven = minimum_norm_voltages(forward, offset, self.damping)
+        scale = -1 / self.target_stepsize
         if self.controlled_input:
-            response = chain.respond(activity, driven)
-            return Update(steady_update(chain, activity, response, self.plasticity, scale))
-        signals = chain.postsynaptic(activity, chain.apart(activity, driven), self.plasticity)
-        return Update(chain.update(activity, signals, activity.presynaptic(), scale))
+            return Update(steady_gradients(forward, forward.respond(driven), self.plasticity, scale))
+        return Update(forward.gradients(forward.postsynaptic(forward.apart(driven), self.plasticity), scale=scale))
 
 
-def minimum_norm_voltages(chain: Evaluator, activity: ForwardPass, offset: Tensor, damping: float) -> list[Tensor]:
-    """J_iᵀ(JJᵀ + γI)⁻¹ δ_L of each layer, one (B, n_i) each, J = [J_1 … J_L]."""
-    jacobians = chain.jacobians(activity)
-    gram = sum((j @ j.mT for j in jacobians[1:]), start=jacobians[0] @ jacobians[0].mT)
-    gram.diagonal(dim1=1, dim2=2).add_(damping)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    solved = torch.cholesky_solve(offset.unsqueeze(2), factor)
-    return [(j.mT @ solved).squeeze(2) for j in jacobians]
+def minimum_norm_voltages(forward: ForwardPass, offset: Tensor, damping: float) -> list[Tensor]:
+    """J_iᵀ(JJᵀ + γI)⁻¹ δ_L of each point in the shape of its voltage, J = [J_1 … J_L]."""
+    jacobians = forward.jacobians()
+    solved = torch.cholesky_solve(offset.unsqueeze(2), gram_factor(jacobians, damping))
+    return forward.spread([(j.mT @ solved).squeeze(2) for j in jacobians])

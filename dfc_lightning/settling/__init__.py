@@ -1,9 +1,26 @@
 """How the controlled network reaches its state: one method a file."""
 
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.dense_dynamics import Dynamics
 from dfc_lightning.settling.euler import Euler
 from dfc_lightning.settling.linearized import Linearized
+from dfc_lightning.settling.recorded_dynamics import RecordedDynamics
 from dfc_lightning.settling.settled import Settled, Settling, Simulation
 from dfc_lightning.settling.steady_state import SteadyState
+from dfc_lightning.settling.target import ClampedTarget, NudgedTarget
 from dfc_lightning.settling.trajectory import Trajectory
 
-__all__ = ["Euler", "Linearized", "Settled", "Settling", "Simulation", "SteadyState", "Trajectory"]
+__all__ = [
+    "ClampedTarget",
+    "Dynamics",
+    "Euler",
+    "Linearized",
+    "NudgedTarget",
+    "PIController",
+    "RecordedDynamics",
+    "Settled",
+    "Settling",
+    "Simulation",
+    "SteadyState",
+    "Trajectory",
+]

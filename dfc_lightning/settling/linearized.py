@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
+from dfc_lightning.errors import require
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.settling.broyden import Inverse
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.equation import Equation
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, cheap_inverse, own_inverse
-from dfc_lightning.settling.narrow import narrow_root
-from dfc_lightning.settling.root import Inverse, find_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
+from dfc_lightning.settling.wide_outputs import wide_root
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,21 @@ class Linearized(Settling):
     def __post_init__(self) -> None:
         require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "allow at least one iteration")
 
-    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Solve the linearised steady state; see :class:`Settling`."""
         leakage, accuracy = controller.steady_leakage, 1e-12 if offset.dtype == torch.float64 else 2e-6
-        if offset.shape[1] <= OWN_UP_TO:
-            u = own_inverse(chain, activity, leakage).step(offset)
+        if forward.outputs <= OWN_UP_TO:
+            u = own_inverse(forward, leakage).step(offset)
             converged, iterations = torch.isfinite(u).all(1), 1
         else:
-            u, converged, iterations = solve_linear(chain, activity, offset, leakage, accuracy, self.max_iterations)
-        response = chain.respond(activity, chain.apical(u))
+            u, converged, iterations = solve_linear(forward, offset, leakage, accuracy, self.max_iterations)
+        response = forward.respond(forward.apical(u))
         residual = relative_residual(offset, response.output, u, leakage)
         return Settled(u, response, residual, converged, iterations)
 
 
 def solve_linear(
-    chain: Evaluator,
-    activity: ForwardPass,
+    forward: ForwardPass,
     right: Tensor,
     leakage: float,
     accuracy: float,
@@ -62,30 +61,24 @@ def solve_linear(
     """(JQ + α̃ I)⁻¹ ``right`` by Broyden's method.
 
     Args:
-        chain: the controlled network.
-        activity: its feedforward activity.
+        forward: the feedforward pass.
         right: right-hand sides, (B, n_L).
         leakage: α̃.
         accuracy: relative residual to reach.
         max_iterations: limit on iterations.
-        inverse: where to begin; None for a cheap one. Unused where :func:`narrow_root` applies.
+        inverse: where to begin; None for a cheap one. Unused where :func:`wide_root` knows a way.
 
     Returns:
         The solution, for which samples it was found, and the iterations made.
     """
-
-    def missing(u: Tensor) -> Tensor:
-        return right - chain.linear_response(activity, chain.apical(u)) - leakage * u
-
-    dense = right.shape[1] <= DENSE_UP_TO
-    if not dense and isinstance(chain, Chain) and isinstance(activity, Activity) and chain.reducible:
-        root, _ = narrow_root(chain, activity, right, leakage, accuracy, max_iterations, linear=True)
-        return root.u, root.converged, root.iterations
-    inverse = inverse or cheap_inverse(chain, activity, leakage)
-    root = find_root(missing, inverse.step(right), inverse, right, accuracy, max_iterations)
-    if not dense or root.converged.all():
+    equation = Equation(forward, right, leakage, accuracy, max_iterations)
+    wide = wide_root(forward, equation, linear=True)
+    if wide is not None:
+        return wide.u, wide.converged, wide.iterations
+    root = equation.linear_root(inverse or cheap_inverse(forward, leakage))
+    if forward.outputs > DENSE_UP_TO or root.converged.all():
         return root.u, root.converged, root.iterations
     late = ~root.converged
-    exact = own_inverse(chain, activity.samples(late), leakage).step(right[late])
+    exact = own_inverse(forward.samples(late), leakage).step(right[late])
     found = root.converged.index_put((late,), torch.isfinite(exact).all(1))
     return root.u.index_put((late,), exact), found, root.iterations

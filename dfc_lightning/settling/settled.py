@@ -1,6 +1,6 @@
 """What a settling method returns, and the interface of all of them."""
 
-from __future__ import annotations
+# Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
-from dfc_lightning.control.plasticity import Plasticity
+from dfc_lightning.errors import require
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.plasticity import Plasticity
+from dfc_lightning.settling.controller import PIController
 
 DIVERGED_BEYOND = 10.0
 """The residual beyond which a sample counts as diverged; without control it is 1."""
@@ -61,35 +62,45 @@ class Settling(ABC):
     """Whether the method is for chains of dense layers alone."""
 
     @abstractmethod
-    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Settle the controlled network.
 
         Args:
-            chain: the controlled network.
-            activity: its feedforward activity.
+            forward: the network's feedforward pass.
             offset: target minus feedforward output, δ_L, (B, n_L).
             controller: the controller.
         """
 
 
+@dataclass(frozen=True)
 class Simulation(Settling):
-    """A settling method that passes through time, so that an update can be averaged over it."""
+    """A settling method that passes through time, so that an update can be averaged over it.
+
+    Args:
+        steps: T, the number of steps; the published ``tmax`` counts states, so its value less one.
+    """
+
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "simulate at least one step")
 
     @abstractmethod
     def settle_and_integrate(
         self,
-        chain: Evaluator,
-        activity: ForwardPass,
+        forward: ForwardPass,
         offset: Tensor,
         controller: PIController,
         plasticity: Plasticity,
         drop_unconverged: bool,
     ) -> tuple[Settled, Taught]:
-        """Settle, and return also the time average of Σ_b postsynaptic · presynapticᵀ (and of its bias twin).
+        """Settle, and return also the mean over batch and time of postsynaptic · presynapticᵀ (and of its bias twin).
+
+        The mean is over all samples of the batch and all ``steps`` + 1 states, the first of which, feedforward, gives
+        none.
 
         Args:
-            chain: the controlled network.
-            activity: its feedforward activity.
+            forward: the network's feedforward pass.
             offset: target minus feedforward output, δ_L, (B, n_L).
             controller: the controller.
             plasticity: the postsynaptic factor.
@@ -105,18 +116,18 @@ def relative_residual(offset: Tensor, output: Tensor, control: Tensor, leakage: 
 
 
 def at_rest(
-    activity: ForwardPass, offset: Tensor, error: Tensor, leak: Tensor, tolerance: float, error_reduction: float
+    forward: ForwardPass, offset: Tensor, error: Tensor, leak: Tensor, tolerance: float, error_reduction: float
 ) -> Tensor:
     """Which simulated samples count as converged, (B,) bool, by the two criteria of the authors' published code.
 
     Args:
-        activity: the feedforward activity.
+        forward: the feedforward pass.
         offset: δ_L, the error at the start, (B, n_L).
         error: e = r_L* − r_L at the end, (B, n_L).
         leak: α̃ u, what e is at the steady state, (B, n_L).
         tolerance: bound on ‖e − α̃ u‖ in units of the feedforward output's norm.
         error_reduction: bound on ‖e‖ in units of its first value.
     """
-    near = torch.linalg.vector_norm(error - leak, dim=1) < tolerance * torch.linalg.vector_norm(activity.output, dim=1)
+    near = torch.linalg.vector_norm(error - leak, dim=1) < tolerance * torch.linalg.vector_norm(forward.output, dim=1)
     reduced = torch.linalg.vector_norm(error, dim=1) < error_reduction * torch.linalg.vector_norm(offset, dim=1)
     return near & reduced

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.evaluator import Deviation, Evaluator, ForwardPass
-from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, cheap_inverse, own_inverse
-from dfc_lightning.settling.narrow import narrow_root
-from dfc_lightning.settling.root import Inverse, find_root
+from dfc_lightning.errors import require
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.settling.broyden import Inverse, Root
+from dfc_lightning.settling.continuation import continued_root
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.equation import Equation
+from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, first_inverse, own_inverse
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
+from dfc_lightning.settling.wide_outputs import wide_root
 
 
 @dataclass(frozen=True)
@@ -48,122 +50,44 @@ class SteadyState(Settling):
             return self.rtol
         return 1e-11 if dtype == torch.float64 else 1e-5
 
-    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Solve the steady state; see :class:`Settling`."""
-        return self.solve(chain, activity, offset, controller)[0]
+        return self.solve(forward, offset, controller)[0]
 
-    def solve(
-        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController
-    ) -> tuple[Settled, Inverse | None]:
+    def solve(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> tuple[Settled, Inverse | None]:
         """The settled network and, where it was used, the inverse of JQ + α̃ I as the iterations have left it."""
-        leakage, rtol = controller.steady_leakage, self.accuracy(offset.dtype)
-        latest: list[tuple[Tensor, Deviation]] = []
+        leakage, accuracy = controller.steady_leakage, self.accuracy(offset.dtype)
+        equation = Equation(forward, offset, leakage, accuracy, self.max_iterations)
+        inverse: Inverse | None = None
+        root = wide_root(forward, equation)
+        if root is None:
+            inverse = first_inverse(forward, leakage)
+            root = _with_fallbacks(equation, equation.root(inverse))
+        response = root.aux or equation(root.u)[1]
+        residual = relative_residual(offset, response.output, root.u, leakage)
+        return Settled(root.u, response, residual, residual <= accuracy, root.iterations), inverse
 
-        def missing(u: Tensor) -> Tensor:
-            response = chain.respond(activity, chain.apical(u))
-            latest[:] = [(u, response)]
-            return offset - response.output - leakage * u
 
-        if (
-            offset.shape[1] > DENSE_UP_TO
-            and isinstance(chain, Chain)
-            and isinstance(activity, Activity)
-            and chain.reducible
-        ):
-            root, last = narrow_root(chain, activity, offset, leakage, rtol, self.max_iterations)
-            return self._settled(chain, activity, offset, root.u, leakage, root.iterations, last), None
-        dense, own = offset.shape[1] <= DENSE_UP_TO, offset.shape[1] <= OWN_UP_TO
-        inverse = (own_inverse if own else cheap_inverse)(chain, activity, leakage)
-        root = find_root(missing, inverse.step(offset), inverse, offset, rtol, self.max_iterations)
-        u, iterations = root.u, root.iterations
-        if dense and not root.converged.all():
-            late = ~root.converged
-            found, more = self._finish(chain, activity.samples(late), offset[late], u[late], leakage, own)
-            u, iterations = u.index_put((late,), found), iterations + more
-        # The last pass evaluated is the settled one unless some sample was taken back to an earlier point.
-        at, response = latest[0]
-        settled = self._settled(
-            chain, activity, offset, u, leakage, iterations, response if torch.equal(at, u) else None
-        )
-        return settled, inverse
+Fallback = Callable[[Equation], Root[Deviation]]
 
-    def _settled(
-        self,
-        chain: Evaluator,
-        activity: ForwardPass,
-        offset: Tensor,
-        u: Tensor,
-        leakage: float,
-        iterations: int,
-        response: Deviation | None = None,
-    ) -> Settled:
-        response = response or chain.respond(activity, chain.apical(u))
-        residual = relative_residual(offset, response.output, u, leakage)
-        return Settled(u, response, residual, residual <= self.accuracy(offset.dtype), iterations)
 
-    def _finish(
-        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, best: Tensor, leakage: float, tried_own: bool
-    ) -> tuple[Tensor, int]:
-        """What else there is for the few samples that are left: their own inverses, then continuation."""
+def _with_fallbacks(equation: Equation, root: Root[Deviation]) -> Root[Deviation]:
+    """The root with what samples it has not converged in tried once more, by one way after the other."""
+    for fallback in _fallbacks(equation.forward.outputs):
+        if root.converged.all():
+            break
+        late = ~root.converged
+        root = root.improved(late, fallback(equation.samples(late)))
+    return root
 
-        def missing(u: Tensor) -> Tensor:
-            return offset - chain.respond(activity, chain.apical(u)).output - leakage * u
 
-        iterations = 0
-        if not tried_own:
-            inverse = own_inverse(chain, activity, leakage)
-            root = find_root(
-                missing, inverse.step(offset), inverse, offset, self.accuracy(offset.dtype), self.max_iterations
-            )
-            nearer = torch.linalg.vector_norm(missing(root.u), dim=1) < torch.linalg.vector_norm(missing(best), dim=1)
-            best, iterations = torch.where(nearer.unsqueeze(1), root.u, best), root.iterations
-            if root.converged.all():
-                return best, iterations
-        best, more = self._continue(chain, activity, offset, best, leakage)
-        return best, iterations + more
+def _fallbacks(outputs: int) -> Sequence[Fallback]:
+    if outputs > DENSE_UP_TO:
+        return []
+    if outputs > OWN_UP_TO:
+        return [_root_from_own_inverse, continued_root]
+    return [continued_root]  # the own inverse is what was tried first
 
-    def _continue(
-        self, chain: Evaluator, activity: ForwardPass, offset: Tensor, best: Tensor, leakage: float
-    ) -> tuple[Tensor, int]:
-        """Pseudo-transient continuation: linearly implicit steps of du/dt = F(u) from u = 0.
 
-        It goes the way the controller goes when it is much slower than the network, in steps h that grow as long as
-        the linearisation foretells the outcome, and end as Newton's.
-        """
-
-        def evaluate(u: Tensor) -> tuple[Tensor, Deviation]:
-            response = chain.respond(activity, chain.apical(u))
-            return offset - response.output - leakage * u, response
-
-        def norm(value: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(value, dim=1, keepdim=True)
-
-        u = torch.zeros_like(best)
-        value, response = evaluate(u)
-        size = norm(offset)
-        best_norm = norm(evaluate(best)[0])
-        rate: Tensor | None = None  # 1 / h
-        iterations = 0
-        while iterations < 5 * self.max_iterations:
-            iterations += 1
-            gain = chain.output_gain(activity, response)
-            gain.diagonal(dim1=1, dim2=2).add_(leakage)
-            if rate is None:
-                rate = torch.linalg.matrix_norm(gain).unsqueeze(1)
-            gain.diagonal(dim1=1, dim2=2).add_(rate)
-            step = torch.linalg.solve_ex(gain, value.unsqueeze(2))[0].squeeze(2)
-            moving = norm(value) > self.accuracy(offset.dtype) * size
-            trial = torch.where(moving & torch.isfinite(step).all(1, keepdim=True), u + step, u)
-            trial_value, trial_response = evaluate(trial)
-            surprise = norm(trial_value - rate * step) / norm(value)
-            forward = (step * value).sum(1, keepdim=True) > 0
-            accept = (surprise < 0.5) & forward & moving
-            u = torch.where(accept, trial, u)
-            value = torch.where(accept, trial_value, value)
-            response = trial_response.where(accept.squeeze(1), response)
-            rate = torch.where(accept, rate * torch.where(surprise < 0.1, 0.1, 0.3).to(rate), rate * 4)
-            better = norm(value) < best_norm
-            best, best_norm = torch.where(better, u, best), torch.where(better, norm(value), best_norm)
-            if not moving.any():
-                break
-        return best, iterations
+def _root_from_own_inverse(equation: Equation) -> Root[Deviation]:
+    return equation.root(own_inverse(equation.forward, equation.leakage))

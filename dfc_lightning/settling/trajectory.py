@@ -20,22 +20,22 @@ where m = Σ_t (u − w) is what the apical compartments have missed: nothing wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfc_lightning.control.chain import Activity, Chain, Response
-from dfc_lightning.control.checks import ControlError, require
-from dfc_lightning.control.controller import PIController
-from dfc_lightning.control.evaluator import Evaluator, ForwardPass
-from dfc_lightning.control.plasticity import Plasticity
-from dfc_lightning.settling.dynamics import TimeStep
+from dfc_lightning.errors import require
+from dfc_lightning.passes.dense import DenseDeviation, DensePass, as_dense
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.plasticity import Plasticity
+from dfc_lightning.settling.broyden import Inverse
+from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.inverse import DENSE_UP_TO
 from dfc_lightning.settling.linearized import solve_linear
-from dfc_lightning.settling.root import Inverse
 from dfc_lightning.settling.settled import Settled, Simulation, Taught, at_rest, relative_residual
 from dfc_lightning.settling.steady_state import SteadyState
+from dfc_lightning.settling.time_step import TimeStep
 
 
 class End(NamedTuple):
@@ -51,7 +51,7 @@ class End(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trajectory(Simulation):
+class Trajectory(TimeStep, Simulation):
     """What :class:`Euler` of the same arguments computes, without its steps.
 
     The steady state is solved and stands for the whole of the time; only the area of the transient that leads to it
@@ -60,13 +60,6 @@ class Trajectory(Simulation):
     6e-3 at 1, where the last state's update, DFC-SS, is 3e-2 off at any λ. Widths 6-5-4-3, squared error: 2e-2 at 1.
 
     Args:
-        steps: T, the number of steps.
-        dt: length of a step in units of τ_u.
-        tau_ratio: somatic time constant τ_v / τ_u.
-        apical_tau: apical time constant τ_A / τ_u; None for an instantaneous apical compartment.
-        instant_transmission: rates of this step, not of the last, reach the next layer.
-        instant_system: somata follow their compartments at once.
-        proactive: the apical compartments hear the control of this step, not of the last.
         settled: take the network as settled after T steps. Else what is left of the transient by then is computed,
             from the T-th power of a matrix of (L + 2) n_L rows a sample: outputs up to ``DENSE_UP_TO`` only.
             Where the dynamics do not come to rest (Condition 3 broken), only this shows it.
@@ -77,109 +70,78 @@ class Trajectory(Simulation):
 
     chains_only: ClassVar[bool] = True
 
-    steps: int = 1000
-    dt: float = 0.02
-    tau_ratio: float = 0.2
-    apical_tau: float | None = None
-    instant_transmission: bool = True
-    instant_system: bool = False
-    proactive: bool = True
     settled: bool = True
     rtol: float | None = None
     tolerance: float = 1e-5
     error_reduction: float = 0.25
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", self.steps, "take at least one step")
-        self.time_step  # noqa: B018  checks the step against the time constants
+        Simulation.__post_init__(self)
+        TimeStep.__post_init__(self)
         SteadyState(self.rtol)  # checks it
 
-    @property
-    def time_step(self) -> TimeStep:
-        """The discretisation."""
-        return TimeStep(
-            self.dt,
-            self.tau_ratio,
-            self.apical_tau,
-            self.instant_transmission,
-            self.instant_system,
-            self.proactive,
-        )
-
-    def settle(self, chain: Evaluator, activity: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+    def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """The last state, or the one it tends to if taken as ``settled``; see :class:`Settling`."""
-        chain, activity = _as_chain(chain, activity)
-        steady = SteadyState(self.rtol).settle(chain, activity, offset, controller)
-        return self._end(chain, activity, offset, controller, steady).settled
+        chain = self._chain(forward)
+        steady = SteadyState(self.rtol).settle(chain, offset, controller)
+        return self._end(chain, offset, controller, steady).settled
 
     def settle_and_integrate(
         self,
-        chain: Evaluator,
-        activity: ForwardPass,
+        forward: ForwardPass,
         offset: Tensor,
         controller: PIController,
         plasticity: Plasticity,
         drop_unconverged: bool,
     ) -> tuple[Settled, Taught]:
         """Settle and average the update over the ``steps`` + 1 states, the first of which gives none."""
-        chain, activity = _as_chain(chain, activity)
-        steady, inverse = SteadyState(self.rtol).solve(chain, activity, offset, controller)
-        end = self._end(chain, activity, offset, controller, steady)
-        tail = [(1 - self._somatic) / self._somatic * x for x in end.somatic]
-        area, found = self._area(chain, activity, controller, end, tail, inverse)
+        chain = self._chain(forward)
+        steady, inverse = SteadyState(self.rtol).solve(chain, offset, controller)
+        end = self._end(chain, offset, controller, steady)
+        tail = [(1 - self.somatic_share) / self.somatic_share * x for x in end.somatic]
+        area, found = self._area(chain, controller, end, tail, inverse)
         settled = replace(end.settled, converged=end.settled.converged & found)
         counted = settled.counted(drop_unconverged) & torch.isfinite(area).all(1)
 
-        at_rest = steady.response.where(counted)
+        at_rest: Any = steady.response.where(counted)
         signals = []
         for signal, slope, apical, late in zip(
-            chain.postsynaptic(activity, at_rest, plasticity), activity.slopes, chain.apical(area), tail
+            chain.postsynaptic(at_rest, plasticity), chain.slopes, chain.apical(area), tail
         ):
             transient = apical - late if plasticity == "voltage_difference" else slope * (apical - late)
             signals.append(self.steps * signal + torch.where(counted.unsqueeze(1), transient, 0.0))
-        return settled, chain.update(activity, signals, chain.presynaptic(activity, at_rest), 1 / (self.steps + 1))
+        return settled, chain.gradients(signals, chain.heard(at_rest), 1 / (self.steps + 1))
 
-    @property
-    def _somatic(self) -> float:
-        """The share of the way to its compartments that a soma goes in a step, a."""
-        return 1.0 if self.instant_system else self.dt / self.tau_ratio
-
-    @property
-    def _apical(self) -> float:
-        """The same of the apical compartments."""
-        return 1.0 if self.apical_tau is None else self.dt / self.apical_tau
-
-    @property
-    def _delayed(self) -> bool:
-        return not (self.instant_transmission or self.instant_system)
+    @staticmethod
+    def _chain(forward: ForwardPass) -> DensePass:
+        return as_dense(
+            forward,
+            "settling=Trajectory(...)",
+            "Simulate it with settling=Euler(...), or take the steady state with settling=SteadyState() and "
+            "integrate=False.",
+        )
 
     def _area(
-        self,
-        chain: Chain,
-        activity: Activity,
-        controller: PIController,
-        end: End,
-        tail: list[Tensor],
-        inverse: Inverse | None,
+        self, chain: DensePass, controller: PIController, end: End, tail: list[Tensor], inverse: Inverse | None
     ) -> tuple[Tensor, Tensor]:
         """H, (B, n_L), and for which samples it was found; begun from an inverse that may be at hand."""
         u, response = end.settled.control, end.settled.response
-        if self._delayed:  # the last rates have not yet arrived anywhere
+        if self.delayed:  # the last rates have not yet arrived anywhere
             tail = [late + basal for late, basal in zip(tail, response.basal)]
         leaking, share = u, 1.0
         if controller.leak == "integral":
             leaking, share = end.integral, 1 / (1 + controller.alpha * controller.k_p)
         missed = torch.zeros_like(u) if self.proactive else u
         if end.heard is not None:
-            missed = missed + (1 - self._apical) / self._apical * end.heard
-        right = response.output + chain.linear_response(activity.slopes, tail)
+            missed = missed + (1 - self.apical_share) / self.apical_share * end.heard
+        right = response.output + chain.linear_response(tail)
         right = right + share * (controller.alpha * leaking - end.integral / self.dt)
         right = right - controller.steady_leakage * missed
         # A small correction, so found to ten times the accuracy of the steady state only.
         accuracy = 10 * SteadyState(self.rtol).accuracy(right.dtype)
-        return solve_linear(chain, activity, right, controller.steady_leakage, accuracy, 30, inverse)[:2]
+        return solve_linear(chain, right, controller.steady_leakage, accuracy, 30, inverse)[:2]
 
-    def _end(self, chain: Chain, activity: Activity, offset: Tensor, controller: PIController, steady: Settled) -> End:
+    def _end(self, chain: DensePass, offset: Tensor, controller: PIController, steady: Settled) -> End:
         u, response, leakage = steady.control, steady.response, controller.steady_leakage
         somatic = [basal + driven for basal, driven in zip(response.basal, response.driven)]
         integral = u - controller.k_p * leakage * u
@@ -187,15 +149,15 @@ class Trajectory(Simulation):
             return End(steady, somatic, integral, u if self.apical_tau is not None else None)
 
         require(
-            chain.widths[-1] <= DENSE_UP_TO,
+            chain.outputs <= DENSE_UP_TO,
             "settled",
             self.settled,
-            f"with {chain.widths[-1]} outputs, more than {DENSE_UP_TO}, the exact last state takes too much memory; "
+            f"with {chain.outputs} outputs, more than {DENSE_UP_TO}, the exact last state takes too much memory; "
             "use settled=True, or Euler(...)",
         )
         filters = chain.depth if self.apical_tau is None else chain.depth + 1
-        left = self._left(chain, activity, controller, [-integral, -u, *[-u] * filters])
-        slopes, lagging = activity.slopes, left[2 : 2 + chain.depth]
+        left = self._left(chain, controller, [-integral, -u, *[-u] * filters])
+        slopes, lagging = chain.slopes, left[2 : 2 + chain.depth]
         heard = None if self.apical_tau is None else u + left[-1]
         integral, u = integral + left[0], u + left[1]
         # x_i = Σ_k W_i D_{i−1} … W_{k+1} D_k Q_k s_{i−k+1}, s_m the control as m somata in a row have filtered it:
@@ -210,20 +172,20 @@ class Trajectory(Simulation):
         for i, (phi, x) in enumerate(zip(chain.nonlinearities, somatic)):
             if i:
                 basal.append(rates[-1] @ chain.weights[i].T)
-            rates.append(phi.difference(activity.v[i], activity.r[i], x, slopes[i]))
-        response = Response(basal, [x - b for x, b in zip(somatic, basal)], rates, delayed=self._delayed)
+            rates.append(phi.difference(chain.v[i], chain.r[i], x, slopes[i]))
+        response = DenseDeviation(basal, [x - b for x, b in zip(somatic, basal)], rates, delayed=self.delayed)
         error = offset - rates[-1]
-        rest = at_rest(activity, offset, error, leakage * u, self.tolerance, self.error_reduction)
+        rest = at_rest(chain, offset, error, leakage * u, self.tolerance, self.error_reduction)
         residual = relative_residual(offset, rates[-1], u, leakage)
         converged = steady.converged & rest
         return End(Settled(u, response, residual, converged, self.steps), somatic, integral, heard)
 
-    def _left(self, chain: Chain, activity: Activity, controller: PIController, start: list[Tensor]) -> Tensor:
+    def _left(self, chain: DensePass, controller: PIController, start: list[Tensor]) -> Tensor:
         """What is left after ``steps`` steps of distances from the settled state: of u_int, u, s_1 … s_L and maybe w.
 
         Stacked, (L + 2, B, n_L) or with w one more.
         """
-        jacobians = chain.jacobians(activity.slopes)
+        jacobians = chain.jacobians()
         gains = [j @ q for j, q in zip(jacobians, chain.feedback)]
         blocks, (batch, n) = len(start), start[0].shape
         each = torch.eye(blocks * n, dtype=gains[0].dtype, device=gains[0].device).view(blocks, n, -1)
@@ -248,20 +210,10 @@ class Trajectory(Simulation):
         before, u = u.expand_as(integral), integral + controller.k_p * error
         arriving = u if self.proactive else before
         if filtered:
-            arriving = torch.lerp(filtered[0].expand_as(u), arriving, self._apical)
+            arriving = torch.lerp(filtered[0].expand_as(u), arriving, self.apical_share)
             filtered = [arriving]
         moved = []
         for s in (s.expand_as(u) for s in somata):
-            moved.append(torch.lerp(s, arriving, self._somatic))
-            arriving = s if self._delayed else moved[-1]
+            moved.append(torch.lerp(s, arriving, self.somatic_share))
+            arriving = s if self.delayed else moved[-1]
         return [integral, u, *moved, *filtered]
-
-
-def _as_chain(chain: Evaluator, activity: ForwardPass) -> tuple[Chain, Activity]:
-    if not isinstance(chain, Chain) or not isinstance(activity, Activity):
-        raise ControlError(
-            "Trajectory(...) knows the dynamics of chains of dense layers in closed form, and this network is none. "
-            "Simulate them with settling=Euler(...), or take the steady state with settling=SteadyState() and "
-            "integrate=False."
-        )
-    return chain, activity

@@ -6,9 +6,10 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.errors import ControlError
 from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning
+from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.network.learning_rule import LearningRule
 from dfc_lightning.training.stages import StageProgress
 
 CHECKPOINT_KEY = "dfc_lightning"
@@ -38,7 +39,7 @@ def read_checkpoint(read: Callable[..., Any], path: Any, *args: Any, **kwargs: A
     return checkpoint
 
 
-def rehearse(state: Any, network: ControlledNetwork, learning: FeedbackLearning | None) -> None:
+def rehearse(state: Any, network: ControlledNetwork, rule: LearningRule, learning: FeedbackLearning | None) -> None:
     """Load feedback weights and learning, as saved in a checkpoint, into ``network``, which is thrown away afterwards.
 
     Raises:
@@ -48,7 +49,7 @@ def rehearse(state: Any, network: ControlledNetwork, learning: FeedbackLearning 
         missing = {"seed", "feedback", "learner", "stages"} - set(state)
         if missing:
             raise KeyError(f"it lacks {sorted(missing)}")
-        network.load_state_dict(state["feedback"])
+        network.load_state_dict(state["feedback"], rule.feedback, state.get("outputs_at"))
         if learning is not None and state["learner"] is not None:
             FeedbackLearner(network, learning, int(state["seed"])).load_state_dict(state["learner"])
         if state["stages"] is not None:

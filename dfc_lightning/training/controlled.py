@@ -15,15 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from dfc_lightning.autograd import Lesson, LossReduction
-from dfc_lightning.control.checks import require
-from dfc_lightning.control.evaluator import Evaluator
-from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
-from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
-from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.errors import require
 from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
+from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.network.gate import Lesson, LossReduction
+from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
+from dfc_lightning.network.learning_rule import Direct, LearningRule
+from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.rules.dfc import DFC
-from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import DFCOptimizerLoop, fast_forward, silenced, step_arguments, training_batches
@@ -38,24 +37,12 @@ from dfc_lightning.training.refusals import (
 )
 from dfc_lightning.training.stages import FeedbackStages
 
+BY_THE_RULE = FeedbackLearning(initial_passes=0, passes_per_epoch=0, clip_norm=None, weight_decay=0.0)
+"""How feedback weights learn that a rule has updates for, where the user says nothing else."""
+
 
 class ControlledTraining(Strategy):
-    """A strategy, to be mixed with one of Lightning's, whose ``loss.backward()`` leaves a rule's update in ``.grad``.
-
-    Args:
-        rule: the learning rule; None for ``DFC()``.
-        feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
-            step after every batch, if the rule is one that learns them. Fixed feedback:
-            ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
-        network: name of the submodule to control; None if all trainable parameters belong to it.
-        feedback_init: initial feedback weights; None for what the rule is meant to have.
-        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
-        seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
-            ``seed_everything``.
-        conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
-        extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
-        **kwargs: for the strategy it is mixed with.
-    """
+    """A strategy whose ``loss.backward()`` leaves a rule's update in ``.grad``, to be mixed with one of Lightning's."""
 
     def __init__(
         self,
@@ -69,15 +56,37 @@ class ControlledTraining(Strategy):
         extra_points: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        """Train by a learning rule.
+
+        Args:
+            rule: the learning rule; None for ``DFC()``.
+            feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
+                step after every batch, if the rule is one that learns them. Fixed feedback:
+                ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``. Unused by rules without such weights.
+            network: name of the submodule to control; None if all trainable parameters belong to it.
+            feedback_init: initial feedback weights; None for what the rule is meant to have.
+            loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
+            seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
+                ``seed_everything``.
+            conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
+            extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
+            **kwargs: for the strategy it is mixed with.
+        """
         super().__init__(**kwargs)
         self.rule: LearningRule = DFC() if rule is None else rule
-        self.learning = feedback or (EVERY_BATCH if self.rule.learns_feedback else None)
+        kind = self.rule.feedback
+        if feedback is not None and not (isinstance(kind, Direct) or (kind is not None and not feedback.has_steps)):
+            # no error: one configuration may serve several rules
+            rank_zero_info(f"{self.rule} has no feedback weights that learn from noise: feedback={feedback} is unused.")
+            feedback = None
+        self.learning = feedback or (EVERY_BATCH if kind is not None and kind.learned else None)
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.conv_feedback: ConvFeedback = conv_feedback
         self.extra_points = tuple(extra_points)
-        self.feedback_init: FeedbackInit = feedback_init or self.rule.feedback_init
-        require(self.feedback_init in FEEDBACK_INITS, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
+        known = feedback_init is None or feedback_init in FEEDBACK_INITS
+        require(known, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
+        self.feedback_init = feedback_init
         self.network: ControlledNetwork | None = None
         self.learner: FeedbackLearner | None = None
         self.stages: FeedbackStages | None = None
@@ -121,7 +130,7 @@ class ControlledTraining(Strategy):
         self._set_up_feedback(self.network)
 
     def _controlled(
-        self, module: pl.LightningModule, feedback_init: FeedbackInit = "weight_product", seed: int | None = None
+        self, module: pl.LightningModule, feedback_init: FeedbackInit | None = None, seed: int | None = None
     ) -> ControlledNetwork:
         return ControlledNetwork(
             module, self.network_name, feedback_init, seed, self.conv_feedback, extra_points=self.extra_points
@@ -205,12 +214,20 @@ class ControlledTraining(Strategy):
         if settled is not None and logs_at(self._trainer, self._trainer.fit_loop.total_batch_idx):
             log(self._trainer, settling_metrics(settled, self.reduce), self._trainer.global_step)
         every = self.learning.every_n_batches if self.learning is not None else 0
+        taught = self.lesson.update.feedback if self.lesson is not None and self.lesson.update is not None else None
+        if taught is not None:
+            self._log_feedback(self._descending().descend(taught))
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
-            assert self.lesson.activity is not None
+            assert self.lesson.forward is not None
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
-                chain: Evaluator = self.network.chain()
-                again = chain.repeat(self.lesson.activity)
-                self._log_feedback(self.learner.step(again))
+                self._log_feedback(self.learner.step(self.lesson.forward.again()))
+
+    def _descending(self) -> FeedbackLearner:
+        """What gives the feedback weights the updates that the rule has for them."""
+        assert self.network is not None
+        if self.learner is None:
+            self.learner = FeedbackLearner(self.network, BY_THE_RULE, self.network.seed, self._ranks)
+        return self.learner
 
     def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
         module, network, learner = self.lightning_module, self.network, self.learner
@@ -223,12 +240,12 @@ class ControlledTraining(Strategy):
 
         try:
             with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
-                activity = network.observing(run)
+                forward = network.observing(run, self.rule.feedback)
         except _BatchSkipped:
             if self._trainer.world_size > 1:
                 raise skipped_alone() from None
             return {}
-        return learner.step(activity, initial)  # outside the context: no autocast in the simulation
+        return learner.step(forward, initial)  # outside the context: no autocast in the simulation
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
         assert self.learner is not None and self._trainer is not None
@@ -245,6 +262,7 @@ class ControlledTraining(Strategy):
             checkpoint[CHECKPOINT_KEY] = {
                 "seed": self.network.seed,
                 "feedback": self.network.state_dict(),
+                "outputs_at": list(self.network.outputs_at),
                 "learner": None if self.learner is None else self.learner.state_dict(),
                 "stages": None if self.stages is None else self.stages.progress.state_dict(),
             }
@@ -260,7 +278,7 @@ class ControlledTraining(Strategy):
         assert module is not None
         if module.trainer.state.fn == TrainerFn.FITTING:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
-                rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.learning)
+                rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.rule, self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(module)  # Lightning does so later, and the weights would be rounded
@@ -290,12 +308,12 @@ class ControlledTraining(Strategy):
             self._take_control(self.lightning_module, state["seed"])
         else:
             assert self.network is not None
-            self.network.load_state_dict(state["feedback"])
+            self.network.load_state_dict(state["feedback"], self.rule.feedback, state.get("outputs_at"))
             if self.seed is None:
                 self.network.seed = state["seed"]
             self._set_up_feedback(self.network)
-        if self.learner is not None and state["learner"] is not None:
-            self.learner.load_state_dict(state["learner"])
+        if state["learner"] is not None and self.rule.feedback is not None:
+            self._descending().load_state_dict(state["learner"])
         if self.stages is not None and state["stages"] is not None:
             self.stages.progress.load_state_dict(state["stages"])
 

@@ -23,7 +23,7 @@ from torchmetrics import Metric
 class DFCOptimizerLoop(_AutomaticOptimization):
     """Lightning's automatic optimization with something to do before and after each batch.
 
-    The update itself reaches the optimizer through ``loss.backward()``; see :mod:`dfc_lightning.autograd`.
+    The update itself reaches the optimizer through ``loss.backward()``; see :mod:`dfc_lightning.network.gate`.
 
     Args:
         trainer: the trainer.

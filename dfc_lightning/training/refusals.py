@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from dfc_lightning.control.checks import ControlError
-from dfc_lightning.control.network import ControlledNetwork
-from dfc_lightning.rules.rule import LearningRule
+from dfc_lightning.errors import ControlError
+from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.network.learning_rule import LearningRule
 from dfc_lightning.training.loop import is_compiled, takes_loader_iterator
 
 
@@ -32,7 +32,7 @@ def refuse_compiled(module: pl.LightningModule) -> None:
 def refuse_settling(rule: LearningRule, network: ControlledNetwork) -> None:
     """Raise a :class:`ControlError` if the rule settles in a way that this network cannot."""
     settling = getattr(rule, "settling", None)
-    if network.is_graph and settling is not None and settling.chains_only:
+    if not network.may_be_dense and settling is not None and settling.chains_only:
         raise ControlError(
             f"settling={type(settling).__name__}(...) is for chains of dense layers; {type(network.module).__name__} "
             "has other layers. Simulate with settling=Euler(...), or take the steady state with "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,6 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from typing_extensions import override
 
-from dfc_lightning.autograd import LossReduction
-from dfc_lightning.control.feedback import FeedbackInit
-from dfc_lightning.control.graph_feedback import ConvFeedback
-from dfc_lightning.feedback_learning.learner import FeedbackLearning
-from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.training.controlled import ControlledTraining
 
 
@@ -25,21 +19,9 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
 
     The module stays as it is: its ``training_step`` returns a loss, its optimizer and schedulers do what they do.
     Only what ``loss.backward()`` leaves in ``.grad`` is another: the rule's update, in gradient units. Feedback
-    weights learn in passes of their own over the training data, before the first batch of an epoch.
+    weights learn in passes of their own over the training data, before the first batch of an epoch, and after batches.
 
-    Args:
-        rule: the learning rule; None for ``DFC()``.
-        feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
-            step after every batch, if the rule is one that learns them. Fixed feedback:
-            ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``.
-        network: name of the submodule to control; None if all trainable parameters belong to it.
-        feedback_init: initial feedback weights; None for what the rule is meant to have.
-        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
-        seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
-            ``seed_everything``.
-        conv_feedback: feedback of convolutions to each unit, ``"dense"``, to each channel, ``"channel"``, or
-            whichever is small enough, ``"auto"``; see :class:`ControlledNetwork`.
-        extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
+    The arguments are those of :meth:`ControlledTraining.__init__`, below.
 
     Example:
         >>> import lightning as L
@@ -47,19 +29,6 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
     """
 
     strategy_name = "dfc"
-
-    def __init__(
-        self,
-        rule: LearningRule | None = None,
-        feedback: FeedbackLearning | None = None,
-        network: str | None = None,
-        feedback_init: FeedbackInit | None = None,
-        loss_reduction: LossReduction = "mean",
-        seed: int | None = None,
-        conv_feedback: ConvFeedback = "auto",
-        extra_points: Sequence[str] = (),
-    ) -> None:
-        super().__init__(rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, extra_points)
 
     # One device, whichever the trainer has chosen
 
@@ -87,36 +56,10 @@ class DFCDDPStrategy(ControlledTraining, DDPStrategy):
     reduction; noise is drawn for the global batch and dealt to the ranks. So n processes equal one on the joint batch,
     where the ranks' batches are of equal size.
 
-    Args:
-        rule: the learning rule; None for ``DFC()``.
-        feedback: when and how the feedback weights learn; see :class:`DFCStrategy`.
-        network: name of the submodule to control; None if all trainable parameters belong to it.
-        feedback_init: initial feedback weights; None for what the rule is meant to have.
-        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
-        seed: seed of random feedback weights, noise, and the order of data in feedback passes; None to follow
-            ``seed_everything`` of the first process.
-        conv_feedback: feedback of convolutions, as for :class:`DFCStrategy`.
-        extra_points: names of further submodules to control as a whole, as there.
-        **kwargs: arguments of Lightning's ``DDPStrategy``.
+    The arguments are those of :meth:`ControlledTraining.__init__`, below, and of Lightning's ``DDPStrategy``.
     """
 
     strategy_name = "dfc_ddp"
-
-    def __init__(
-        self,
-        rule: LearningRule | None = None,
-        feedback: FeedbackLearning | None = None,
-        network: str | None = None,
-        feedback_init: FeedbackInit | None = None,
-        loss_reduction: LossReduction = "mean",
-        seed: int | None = None,
-        conv_feedback: ConvFeedback = "auto",
-        extra_points: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            rule, feedback, network, feedback_init, loss_reduction, seed, conv_feedback, extra_points, **kwargs
-        )
 
     @override
     def setup_environment(self) -> None:

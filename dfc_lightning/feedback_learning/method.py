@@ -1,0 +1,38 @@
+"""What every way to the gradient of the feedback weights has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from dfc_lightning.passes.forward_pass import ForwardPass
+
+Noise: TypeAlias = Callable[[tuple[int, int]], Tensor]
+"""A source of standard normal draws of the shape (B, …) it is asked for."""
+
+
+class FeedbackMethod(ABC):
+    """How the gradient of the feedback weights is had."""
+
+    gated: bool = False
+    """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
+
+    @abstractmethod
+    def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
+        """The gradient for Q_i of each point, (n_i, n_L), to be descended.
+
+        Args:
+            forward: the feedforward pass, bound to the feedback weights Q_i.
+            noise: source of standard normal draws.
+        """
+
+    def draw(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
+        """What a feedback learning step descends: a gradient of the same law as :meth:`gradient`, however drawn."""
+        return self.gradient(forward, noise)
+
+    def every_nth_sample(self, forward: ForwardPass) -> int:
+        """Which part of the samples a feedback learning step need take for :meth:`draw`: 1 for all of them."""
+        return 1

@@ -1,0 +1,105 @@
+"""Initial values of feedback weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dfc_lightning.passes.dense import DensePass
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.gram import gram_factor
+
+FeedbackInit = Literal["weight_product", "xavier_normal", "orthogonal", "normal", "jacobian"]
+FEEDBACK_INITS = ("weight_product", "xavier_normal", "orthogonal", "normal", "jacobian")
+
+SAMPLES_AT_ONCE = 32
+"""Samples of the first batch whose Jacobians are held at a time."""
+
+
+def initial_direct(kind: FeedbackInit, forward: ForwardPass, generator: torch.Generator) -> list[Tensor]:
+    """Feedback weights Q_i, (n_i, n_L), for the points of a pass.
+
+    A point that is the output is always given what it needs to hear its own error, the mean of J_iᵀ: the identity
+    where it is the whole of the output by itself.
+
+    Args:
+        kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is, or for networks that are no
+            chains the mean of J_iᵀ over samples; ``"jacobian"``: the mean of J_iᵀ(JJᵀ + γI)⁻¹, an oracle, what
+            Theorem 6 has the feedback weights learn; ``"xavier_normal"``, ``"orthogonal"`` and ``"normal"`` (standard
+            deviation 0.1) are random.
+        forward: a forward pass.
+        generator: source of the random kinds, on the CPU.
+    """
+    if kind == "weight_product":
+        return weight_product(forward)
+    if kind == "jacobian":
+        return _mean_over_samples(forward, pseudoinverse_mean)
+    like = [forward.output.new_empty(n, forward.outputs) for n in forward.widths]
+    own = _of_output(forward)
+    return [own[i] if i in own else _random(kind, q, generator) for i, q in enumerate(like)]
+
+
+def initial_layerwise(kind: Literal["random", "weights"], weight: Tensor, generator: torch.Generator) -> Tensor:
+    """B_i in the shape of W_i: random with the spread of W_i, or a copy of it."""
+    if kind == "weights":
+        return weight.detach().clone()
+    drawn = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+    return drawn * weight.detach().std(correction=0)
+
+
+@singledispatch
+def weight_product(forward: ForwardPass) -> list[Tensor]:
+    """The mean of J_iᵀ over samples; of a chain, with all slopes taken as one."""
+    return _mean_over_samples(forward, lambda jacobians: [j.mean(0).T for j in jacobians])
+
+
+@weight_product.register
+def _(forward: DensePass) -> list[Tensor]:
+    found = [torch.eye(forward.outputs).to(forward.weights[-1])]
+    for w in reversed(forward.weights[1:]):
+        found.append(w.T @ found[-1])
+    return found[::-1]
+
+
+def pseudoinverse_mean(jacobians: Sequence[Tensor], damping: float = 0.1) -> list[Tensor]:
+    """The mean over samples of J_iᵀ(JJᵀ + γI)⁻¹ for Jacobians of each sample, (B, n_L, n_i)."""
+    factor = gram_factor(jacobians, damping)
+    return [torch.cholesky_solve(j, factor).mean(0).T.contiguous() for j in jacobians]
+
+
+def _mean_over_samples(forward: ForwardPass, mean: object) -> list[Tensor]:
+    assert callable(mean)
+    found: list[Tensor] = []
+    for some in torch.arange(forward.batch_size, device=forward.output.device).split(SAMPLES_AT_ONCE):
+        share = len(some) / forward.batch_size
+        part = [share * each for each in mean(forward.samples(some).jacobians())]
+        found = [a + b for a, b in zip(found, part)] if found else part
+    return found
+
+
+def _of_output(forward: ForwardPass) -> dict[int, Tensor]:
+    """The mean of J_iᵀ over some samples, for the points that are the output."""
+    some = forward.samples(torch.arange(min(SAMPLES_AT_ONCE, forward.batch_size), device=forward.output.device))
+    columns: dict[int, list[Tensor]] = {i: [] for i in forward.outputs_at}
+    for unit in torch.eye(forward.outputs).to(forward.output):
+        errors = some.output_errors(unit.expand(some.batch_size, -1))
+        ports = some.gathered([torch.zeros_like(v) if e is None else e for e, v in zip(errors, some.v)])
+        for i, found in columns.items():
+            found.append(ports[i].mean(0))
+    return {i: torch.stack(found, dim=1) for i, found in columns.items()}
+
+
+def _random(kind: FeedbackInit, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random feedback weights of the shape, dtype and device of ``like``."""
+    q = torch.empty(like.shape, dtype=like.dtype)
+    if kind == "xavier_normal":
+        nn.init.xavier_normal_(q, generator=generator)
+    elif kind == "orthogonal":
+        nn.init.orthogonal_(q, generator=generator)
+    else:
+        nn.init.normal_(q, std=0.1, generator=generator)
+    return q.to(like.device)

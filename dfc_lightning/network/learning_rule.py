@@ -1,0 +1,105 @@
+"""What a learning rule is: from output gradients to weight updates, in gradient units."""
+
+# Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dfc_lightning.network.initial_feedback import FeedbackInit
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.plasticity import Plasticity
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.settled import Settled
+from dfc_lightning.settling.target import NudgedTarget
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Feedback from the output straight to every point, by weights Q_i of the shape (n_i, n_L).
+
+    Args:
+        init: their initial values, where the user says nothing else.
+        learned: whether they are meant to be learned under the rule.
+    """
+
+    init: FeedbackInit = "weight_product"
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Feedback that travels down layer by layer, by weights B_i in the shape of W_i.
+
+    Args:
+        init: ``"random"``, with the spread of W_i, or ``"weights"``, a copy of them.
+    """
+
+    init: Literal["random", "weights"] = "random"
+    learned: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a rule drives the network, for monitors to compare it with the like.
+
+    Args:
+        controller: the controller; None where the rule has none.
+        target: the output it is driven to.
+        plasticity: the postsynaptic factor.
+    """
+
+    controller: PIController | None = None
+    target: NudgedTarget = field(default_factory=NudgedTarget)
+    plasticity: Plasticity = "rate_difference"
+
+
+@dataclass
+class Update:
+    """What a rule would have the optimizers see.
+
+    In gradient units: the gradient of the batch-mean loss, were the rule backprop, so that a learning rate keeps
+    its meaning from rule to rule.
+
+    Args:
+        gradients: for each point, what the weight, the bias and the parameters of a normalisation are taught.
+        feedback: what each point's feedback weight is taught, where the rule teaches these too.
+        settled: the settled network behind it, where there is one.
+    """
+
+    gradients: list[list[Tensor]]
+    feedback: list[Tensor] | None = None
+    settled: Settled | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of the layers' weights, W_i."""
+        return [taught[0] for taught in self.gradients]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Those of the layers' biases, where all have one."""
+        return [taught[1] for taught in self.gradients]
+
+
+class LearningRule(ABC):
+    """A rule that assigns credit. One that says :meth:`teach` is complete; docs/rules.md shows how to write it."""
+
+    feedback: ClassVar[Direct | Layerwise | None] = None
+    """The feedback weights that the rule has; with None none are made."""
+
+    @property
+    def control(self) -> Control:
+        """How the rule drives the network."""
+        return Control()
+
+    @abstractmethod
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
+        """The update for a batch.
+
+        Args:
+            forward: the feedforward pass of the batch, bound to weights and feedback weights.
+            loss_grad: ∂ℓ_b/∂r_L of each sample's own loss, (B, n_L); finite.
+        """

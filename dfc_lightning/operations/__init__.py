@@ -1,0 +1,1 @@
+"""How one torch operation passes deviations on, and errors back."""

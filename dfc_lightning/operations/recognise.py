@@ -1,0 +1,194 @@
+"""Which operation a recorded call is: a table of handlers by the names of torch's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dfc_lightning.operations.arguments import named
+from dfc_lightning.operations.batch_norm import BatchNorm
+from dfc_lightning.operations.linear import Expand, Linear, Product, Reshape, Same, Sum, Weighted
+from dfc_lightning.operations.max_pool import MaxPool
+from dfc_lightning.operations.nonlinearity import Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
+from dfc_lightning.operations.operation import Operation, Slot
+from dfc_lightning.operations.rate import Rate
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as it was recorded.
+
+    Args:
+        function: what was called.
+        args: its positional arguments, recorded tensors replaced by their slots.
+        kwargs: its keyword arguments, likewise.
+        inputs: the slots in these.
+        outputs: slots of the tensors it returned.
+        values: the values of all slots, its arguments' as they were before the call.
+    """
+
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    inputs: list[Slot]
+    outputs: list[Slot]
+    values: Sequence[Tensor]
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", str(self.function))
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What an operation is made of."""
+        return self.function, self.args, self.kwargs, self.inputs, self.outputs
+
+    @property
+    def one(self) -> bool:
+        """Whether one recorded tensor becomes one."""
+        return len(self.inputs) == 1 and len(self.outputs) == 1
+
+    @property
+    def x(self) -> Tensor:
+        """The first recorded argument."""
+        return self.values[self.inputs[0]]
+
+    @property
+    def y(self) -> Tensor:
+        """The first result."""
+        return self.values[self.outputs[0]]
+
+
+Handler = Callable[[Call], "Operation | None"]
+"""The operation that knows best how to pass a call's deviations on; None where a call is none of its kind."""
+
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(names: Iterable[str]) -> Callable[[Handler], Handler]:
+    """Enter a handler into the table."""
+
+    def enter(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return enter
+
+
+@handles(["linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))])
+def _weighted(call: Call) -> Operation | None:
+    heard = named(call.function, call.args, call.kwargs).get("input")
+    return Weighted(*call.parts) if call.one and heard is call.inputs[0] else None
+
+
+@handles(["batch_norm"])
+def _batch_norm(call: Call) -> Operation | None:
+    return BatchNorm(*call.parts, x=call.x) if call.one else None
+
+
+@handles(["to", "float", "half", "double", "bfloat16", "type_as", "clone", "contiguous", "detach", "alias"])
+def _same(call: Call) -> Operation | None:
+    return Same(*call.parts) if call.one and call.x.shape == call.y.shape else None
+
+
+@handles(["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"])
+def _reshape(call: Call) -> Operation | None:
+    apart = call.one and call.x.shape[:1] == call.y.shape[:1]
+    return Reshape(*call.parts, shape=call.y.shape) if apart else None
+
+
+@handles(["expand", "expand_as", "broadcast_to"])
+def _expand(call: Call) -> Operation | None:
+    return Expand(*call.parts, shape=call.y.shape) if call.one and call.x.dim() == call.y.dim() else None
+
+
+@handles(["add", "__add__", "__radd__", "add_", "__iadd__"])
+def _sum(call: Call) -> Operation | None:
+    return Sum(*call.parts, sign=1) if len(call.outputs) == 1 else None
+
+
+@handles(["sub", "__sub__", "sub_", "__isub__", "subtract"])
+def _difference(call: Call) -> Operation | None:
+    return Sum(*call.parts, sign=-1) if len(call.outputs) == 1 else None
+
+
+@handles(["mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"])
+def _product(call: Call) -> Operation | None:
+    return Product(*call.parts) if len(call.outputs) == 1 else None
+
+
+@handles(["mean", "sum", "neg", "__neg__", "cat", "concat", "concatenate", "stack", "chunk", "split", "unbind"])
+@handles(["permute", "transpose", "movedim", "swapaxes", "squeeze", "unsqueeze", "__getitem__", "narrow", "select"])
+@handles(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3))
+@handles(["flip", "roll"])
+def _linear(call: Call) -> Operation | None:
+    return Linear(*call.parts)
+
+
+@handles(f"max_pool{n}d" for n in (1, 2, 3))
+def _max_pool(call: Call) -> Operation | None:
+    dims = int(call.name[-2])
+    return MaxPool(*call.parts, dims=dims) if call.one and call.x.dim() == dims + 2 else None
+
+
+def _rate(phi: Callable[[Call], Nonlinearity]) -> Handler:
+    return lambda call: Rate(*call.parts, phi=phi(call)) if call.one and call.x.shape == call.y.shape else None
+
+
+def _leaky(call: Call) -> Nonlinearity:
+    return LeakyReLU(float(named(call.function, call.args, call.kwargs).get("negative_slope", 0.01)))
+
+
+def _other(call: Call) -> Nonlinearity:
+    again = Operation(*call.parts)
+    return Elementwise(lambda v: again.at(lambda slot: v, v.dtype)[0])
+
+
+_OTHERS = ["relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish", "hardsigmoid"]
+_OTHERS += ["logsigmoid", "softsign", "tanhshrink", "hardshrink", "softshrink", "sin", "exp"]
+_PHI: dict[str, Callable[[Call], Nonlinearity]] = {
+    "relu": lambda call: ReLU,
+    "tanh": lambda call: Tanh(),
+    "sigmoid": lambda call: Sigmoid(),
+    "leaky_relu": _leaky,
+    **dict.fromkeys(_OTHERS, _other),
+}
+for _name, _phi in _PHI.items():
+    handles([_name, f"{_name}_"])(_rate(_phi))
+
+
+def operation(call: Call) -> Operation:
+    """The recorded call as the operation that knows best how to pass deviations on."""
+    handler = HANDLERS.get(call.name)
+    smooth = all(call.values[s].is_floating_point() for s in (*call.inputs, *call.outputs))
+    found = handler(call) if handler is not None and smooth else None
+    return Operation(*call.parts) if found is None else found
+
+
+# Calls that no pass can make again
+
+_RANDOM = {"gumbel_softmax", "bernoulli", "bernoulli_", "multinomial", "poisson", "normal_", "uniform_"}
+_RANDOM_IN_TRAINING = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "rrelu_"}
+
+
+def draws_random_numbers(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers, other than dropout."""
+    name = getattr(function, "__name__", "")
+    given = named(function, args, kwargs)
+    if name == "scaled_dot_product_attention":
+        return bool(given.get("dropout_p"))
+    if name in _RANDOM_IN_TRAINING:
+        return bool(given.get("training", given.get("train", False)))
+    return name in _RANDOM
+
+
+def moves_statistics(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call moves running statistics, other than those of batch normalisation."""
+    if getattr(function, "__name__", "") != "instance_norm":
+        return False
+    given = named(function, args, kwargs)
+    return given.get("running_mean") is not None and given.get("use_input_stats", True)

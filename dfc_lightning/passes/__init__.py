@@ -1,0 +1,18 @@
+"""One forward pass of a batch, bound to the weights and feedback weights it was made with."""
+
+from dfc_lightning.passes.dense import DenseDeviation, DensePass, Layers
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
+from dfc_lightning.passes.recorded import RecordedDeviation, RecordedPass
+
+__all__ = [
+    "PLASTICITIES",
+    "DenseDeviation",
+    "DensePass",
+    "Deviation",
+    "ForwardPass",
+    "Layers",
+    "Plasticity",
+    "RecordedDeviation",
+    "RecordedPass",
+]

@@ -1,0 +1,345 @@
+"""A chain of dense layers and elementwise nonlinearities, in closed form and in deviations from feedforward.
+
+Feedforward, v_i⁻ = W_i r_{i−1}⁻ + b_i and r_i⁻ = φ(v_i⁻). With a control signal u the layers hold
+δv_i = δv_i^ff + a_i: basal deviation δv_i^ff = W_i δr_{i−1} and apical voltage a_i = Q_i u. Working with the
+deviations, W_1 x and all biases drop out and float32 keeps its digits however small u is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, singledispatch
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.errors import ControlError
+from dfc_lightning.operations.nonlinearity import Identity, Nonlinearity
+from dfc_lightning.operations.operation import constant
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.plasticity import Plasticity
+
+WIDE = 64
+"""Outputs from which on an identity Q_L is worth looking for."""
+
+
+@dataclass
+class DenseDeviation(Deviation):
+    """How a controlled chain deviates from feedforward; one (B, n_i) a layer in each list.
+
+    Args:
+        basal: δv_i^ff = W_i δr_{i−1}, what the layer's own input drives it to.
+        driven: δv_i − δv_i^ff, what the feedback drives it to beyond that: settled, the apical voltage Q_i u.
+        rates: δr_i = φ(v_i⁻ + δv_i) − φ(v_i⁻).
+        delayed: whether the rates are those of earlier voltages than these, transmission being delayed.
+    """
+
+    basal: list[Tensor]
+    driven: list[Tensor]
+    rates: list[Tensor]
+    delayed: bool = False
+
+    @property
+    def output(self) -> Tensor:
+        return self.rates[-1]
+
+    def where(self, keep: Tensor, other: DenseDeviation | None = None) -> DenseDeviation:
+        mask = keep.unsqueeze(1)
+
+        def choose(mine: list[Tensor], others: list[Tensor] | None) -> list[Tensor]:
+            if others is None:
+                return [torch.where(mask, each, torch.zeros_like(each)) for each in mine]
+            return [torch.where(mask, each, another) for each, another in zip(mine, others)]
+
+        return DenseDeviation(
+            choose(self.basal, None if other is None else other.basal),
+            choose(self.driven, None if other is None else other.driven),
+            choose(self.rates, None if other is None else other.rates),
+            self.delayed,
+        )
+
+
+class Layers(NamedTuple):
+    """The layers of a chain.
+
+    Args:
+        weights: W_i, (n_i, n_{i−1}), in any dtype.
+        biases: b_i, (n_i,), or None.
+        nonlinearities: φ_i; the last layer's is the identity unless the network has it otherwise.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    nonlinearities: Sequence[Nonlinearity]
+
+
+@dataclass(eq=False)
+class DensePass(ForwardPass[DenseDeviation]):
+    """A feedforward pass of a chain.
+
+    Args:
+        layers: the chain's layers; changes of their weights are seen by :meth:`again`.
+        feedback: Q_i, (n_i, n_L), or B_i, (n_i, n_{i−1}).
+        x: the network's input r_0, (B, n_0).
+        v: feedforward voltages v_i⁻, one (B, n_i) a layer.
+        r: feedforward rates r_i⁻ = φ(v_i⁻), likewise.
+    """
+
+    dense: ClassVar[bool] = True
+
+    layers: Layers
+    feedback: Sequence[Tensor]
+    x: Tensor
+    v: list[Tensor]
+    r: list[Tensor]
+
+    @classmethod
+    def run(cls, x: Tensor, layers: Layers, feedback: Sequence[Tensor] = ()) -> DensePass:
+        """Feed ``x``, (B, n_0), forward."""
+        voltages: list[Tensor] = []
+        rates: list[Tensor] = []
+        for w, b, phi in zip(*layers):
+            bias = None if b is None else constant(b, x.dtype)
+            voltages.append(torch.nn.functional.linear(rates[-1] if rates else x, constant(w, x.dtype), bias))
+            rates.append(phi(voltages[-1]))
+        return cls(layers, feedback, x, voltages, rates)
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """W_i, (n_i, n_{i−1}), in the dtype of the pass."""
+        return [constant(w, self.x.dtype) for w in self.layers.weights]
+
+    @cached_property
+    def widths(self) -> list[int]:  # type: ignore[override]
+        return [w.shape[0] for w in self.layers.weights]
+
+    @property
+    def biases(self) -> Sequence[Tensor | None]:
+        """b_i, (n_i,), or None."""
+        return self.layers.biases
+
+    @property
+    def nonlinearities(self) -> Sequence[Nonlinearity]:
+        """φ_i."""
+        return self.layers.nonlinearities
+
+    @property
+    def output(self) -> Tensor:
+        return self.r[-1]
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:  # type: ignore[override]
+        return [phi.slope(v, r) for phi, v, r in zip(self.nonlinearities, self.v, self.r)]
+
+    @property
+    def mean_slopes(self) -> list[Tensor]:
+        """The batch mean of the slopes, one (1, n_i) a layer."""
+        return [d.mean(0, keepdim=True) for d in self.slopes]
+
+    @property
+    def presynaptic(self) -> list[Tensor]:
+        return [self.x, *self.r[:-1]]
+
+    @property
+    def somata(self) -> Sequence[int]:
+        return range(self.depth, 0, -1)
+
+    @property
+    def able(self) -> list[Tensor]:
+        return [(d != 0).to(d) for d in self.slopes]
+
+    def made_of(self) -> list[Tensor]:
+        return [*self.presynaptic, *self.v, *self.weights]
+
+    def samples(self, index: Tensor) -> DensePass:
+        return replace(self, x=self.x[index], v=[v[index] for v in self.v], r=[r[index] for r in self.r])
+
+    def again(self) -> DensePass:
+        return DensePass.run(self.x, self.layers, self.feedback)
+
+    # The control's way to the output
+
+    @cached_property
+    def plain_output(self) -> bool:
+        """Whether the output layer is linear and driven by the control itself, Q_L = I."""
+        if not self.feedback or not isinstance(self.nonlinearities[-1], Identity):
+            return False
+        q = self.feedback[-1]
+        return torch.equal(q, torch.eye(len(q), dtype=q.dtype, device=q.device))
+
+    def apical(self, u: Tensor) -> list[Tensor]:
+        if self.widths[-1] <= WIDE or not self.plain_output:
+            return list((u @ self.stacked_feedback.T).split(self.widths, dim=1))
+        hidden = self.widths[:-1]
+        return [*(u @ self.stacked_feedback[: sum(hidden)].T).split(hidden, dim=1), u]
+
+    def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
+        return list(ports)
+
+    def gathered(self, errors: Sequence[Tensor]) -> list[Tensor]:
+        return list(errors)
+
+    def respond(self, driven: Sequence[Tensor]) -> DenseDeviation:
+        basal: list[Tensor] = []
+        rates: list[Tensor] = []
+        for i, (w, phi, a) in enumerate(zip(self.weights, self.nonlinearities, driven)):
+            basal.append(rates[-1] @ w.T if i else torch.zeros_like(a))
+            rates.append(phi.difference(self.v[i], self.r[i], basal[-1] + a if i else a, self.slopes[i]))
+        return DenseDeviation(basal, list(driven), rates)
+
+    def apart(self, driven: Sequence[Tensor]) -> DenseDeviation:
+        still = [torch.zeros_like(v) for v in self.v]
+        found = [phi.difference(v, r, a) for phi, v, r, a in zip(self.nonlinearities, self.v, self.r, driven)]
+        return DenseDeviation(still, list(driven), found)
+
+    # Linearised
+
+    def linear_response(self, driven: Sequence[Tensor]) -> Tensor:
+        rates = self.slopes[0] * driven[0]
+        for w, d, a in zip(self.weights[1:], self.slopes[1:], driven[1:]):
+            rates = d * (rates @ w.T + a)
+        return rates
+
+    def pull(
+        self,
+        error: Tensor,
+        through: Sequence[Tensor] | None = None,
+        at: DenseDeviation | None = None,
+        live: bool = False,
+    ) -> list[Tensor]:
+        slopes = self._slopes_at(at)
+        weights = self.weights if through is None else through
+        error = error * slopes[-1]
+        found = [error]
+        for w, d in zip(reversed(weights[1:]), reversed(slopes[:-1])):
+            error = (error @ w) * d
+            found.append(error)
+        return found[::-1]
+
+    def output_errors(self, error: Tensor) -> list[Tensor | None]:
+        return [*[None] * (self.depth - 1), error * self.slopes[-1]]
+
+    def _jacobians(self) -> list[Tensor]:
+        return jacobians(self.weights, self.slopes)
+
+    def gain(self, at: DenseDeviation | None = None) -> Tensor:
+        return output_gain(self.weights, self.feedback, self._slopes_at(at))
+
+    def mean_gain(self) -> Tensor:
+        return output_gain(self.weights, self.feedback, self.mean_slopes)
+
+    def _slopes_at(self, at: DenseDeviation | None) -> list[Tensor]:
+        if at is None:
+            return self.slopes
+        voltages = [v + b + a for v, b, a in zip(self.v, at.basal, at.driven)]
+        return [phi.slope(v, phi(v)) for phi, v in zip(self.nonlinearities, voltages)]
+
+    # Outputs wider than the layer before them
+
+    @property
+    def reducible(self) -> bool:
+        """Whether the output is wider than the layer before it can move, and :meth:`reduced` saves work."""
+        return self.depth > 1 and self.widths[-2] < self.widths[-1] and self.plain_output
+
+    def reduced(self) -> tuple[DensePass, Tensor]:
+        """The same network in an orthonormal basis of the range of W_L, in which alone hidden layers move the output.
+
+        With Q_L = I a control in that range keeps the output there, so that dynamics that begin in it stay in it.
+
+        Returns:
+            The pass with n_{L−1} outputs, and the basis, (n_L, n_{L−1}).
+        """
+        basis = torch.linalg.qr(self.weights[-1]).Q
+        layers = Layers(
+            [*self.weights[:-1], basis.T @ self.weights[-1]], [*self.biases[:-1], None], self.nonlinearities
+        )
+        feedback = [*(q @ basis for q in self.feedback[:-1]), torch.eye(basis.shape[1]).to(basis)]
+        output = self.output @ basis
+        return DensePass(layers, feedback, self.x, [*self.v[:-1], output], [*self.r[:-1], output]), basis
+
+    # From activity to updates
+
+    def postsynaptic(self, deviation: DenseDeviation, plasticity: Plasticity) -> list[Tensor]:
+        if plasticity == "voltage_difference":
+            return list(deviation.driven)
+        if plasticity == "derivative":
+            return [slope * drive for slope, drive in zip(self.slopes, deviation.driven)]
+        found = [deviation.rates[0]]  # nothing upstream of the first layer moves: v_1^ff is the feedforward voltage
+        for i in range(1, self.depth):
+            phi, v, r, slope = self.nonlinearities[i], self.v[i], self.r[i], self.slopes[i]
+            if deviation.delayed:
+                at = v + deviation.basal[i]
+                found.append(phi.difference(at, phi(at), deviation.driven[i]))
+            else:
+                found.append(deviation.rates[i] - phi.difference(v, r, deviation.basal[i], slope))
+        return found
+
+    def basal_drive(self, deviation: DenseDeviation) -> list[Tensor]:
+        basal = [v + moved for v, moved in zip(self.v, deviation.basal)]
+        return [v if b is None else v - constant(b, v.dtype) for v, b in zip(basal, self.biases)]
+
+    def heard(self, deviation: DenseDeviation) -> list[Tensor]:
+        return [self.x, *(r + dr for r, dr in zip(self.r[:-1], deviation.rates[:-1]))]
+
+    def gradients(
+        self, signals: Sequence[Tensor], heard: Sequence[Tensor] | None = None, scale: float = 1.0
+    ) -> list[list[Tensor]]:
+        share, found = scale / self.batch_size, []
+        for t, r, bias in zip(signals, self.presynaptic if heard is None else heard, self.biases):
+            weight = (t * share).T @ r
+            found.append([weight] if bias is None else [weight, t.sum(0) * share])
+        return found
+
+
+@singledispatch
+def as_dense(forward: ForwardPass, what: str, instead: str) -> DensePass:
+    """``forward``, if it is one of a chain.
+
+    Raises:
+        ControlError: it is not; the message says ``what`` is for chains, and what to do ``instead``.
+    """
+    raise ControlError(
+        f"{what} is known for chains of dense layers with elementwise functions between them, which this network is "
+        f"not. {instead}"
+    )
+
+
+@as_dense.register
+def _(forward: DensePass, what: str, instead: str) -> DensePass:
+    return forward
+
+
+# Closed forms of weights, feedback weights and slopes
+
+
+def columns(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor], layers: int) -> Tensor:
+    """K of layer number ``layers``, transposed, (B, n_L, n): K_1 = Q_1, K_i = Q_i + W_i D_{i−1} K_{i−1}.
+
+    The n_L columns of K ride through each layer as rows of the batch.
+    """
+    found = feedback[0].T.expand(slopes[0].shape[0], -1, -1)
+    for w, q, d in zip(weights[1:layers], feedback[1:], slopes):
+        found = torch.matmul(found * d.unsqueeze(1), w.T).add_(q.T)
+    return found
+
+
+def output_gain(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """JQ = D_L K_L, (B, n_L, n_L)."""
+    return (columns(weights, feedback, slopes, len(weights)) * slopes[-1].unsqueeze(1)).transpose(1, 2)
+
+
+def hidden_gain(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """N = D_{L−1} K_{L−1}, (B, n_{L−1}, n_L): what a unit of control makes of the rates before the output layer."""
+    return (columns(weights, feedback, slopes, len(weights) - 1) * slopes[-2].unsqueeze(1)).transpose(1, 2)
+
+
+def jacobians(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+    """J_i, one (B, n_L, n_i) a layer: J_L = D_L, J_i = J_{i+1} W_{i+1} D_i."""
+    product = torch.diag_embed(slopes[-1])
+    found = [product]
+    for w, d in zip(reversed(weights[1:]), reversed(slopes[:-1])):
+        product = torch.matmul(product, w).mul_(d.unsqueeze(1))
+        found.append(product)
+    return found[::-1]

@@ -1,0 +1,242 @@
+"""One forward pass of a batch, bound to the weights and feedback weights it was made with: what every rule works on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from dfc_lightning.passes.plasticity import Plasticity
+
+
+class Deviation(ABC):
+    """How the controlled network deviates from feedforward."""
+
+    driven: list[Tensor]
+    """δv_i − δv_i^ff of each point, in the shape of its voltage: what the feedback drives it to beyond its input."""
+
+    basal: list[Tensor]
+    """δv_i^ff of each point, what its own input drives it to."""
+
+    @property
+    @abstractmethod
+    def output(self) -> Tensor:
+        """δr_L, (B, n_L)."""
+
+    @abstractmethod
+    def where(self, keep: Tensor, other: Any = None) -> Self:
+        """This deviation for the samples of the mask ``keep``, (B,); ``other``, or none, for the rest."""
+
+
+D = TypeVar("D", bound=Deviation)
+
+
+class ForwardPass(ABC, Generic[D]):
+    """A feedforward pass over a batch of B samples through a network of L control points, and what can be asked of it.
+
+    Voltages, errors and teaching signals are in the shape of a point's voltage, (B, n_i) or for maps (B, C, H, W). A
+    point's *port* is what direct feedback reaches of it: each of its units, or for maps each channel if their feedback
+    weights are shared between positions. Ports are flat, (B, n_i).
+
+    ``feedback`` holds one tensor a point, by what the rule says it has: Q_i, (n_i, n_L), for ``Direct``; B_i, in the
+    shape of W_i, for ``Layerwise`` (empty at points without a weight); nothing for rules without feedback weights.
+    """
+
+    dense: ClassVar[bool] = False
+    """Whether the network is a chain of dense layers, whose closed forms are known."""
+
+    feedback: Sequence[Tensor]
+    v: list[Tensor]
+    """Feedforward voltages v_i⁻, one (B, …) a point."""
+    widths: Sequence[int]
+    """n_i, the number of units of each port."""
+    _held_jacobians: Callable[[], list[Tensor]] | None = None
+
+    # What was fed forward
+
+    @property
+    @abstractmethod
+    def output(self) -> Tensor:
+        """The feedforward output r_L⁻, (B, n_L)."""
+
+    @property
+    @abstractmethod
+    def slopes(self) -> list[Tensor]:
+        """φ'(v_i⁻) of each point; zero for a unit that loses in max-pooling."""
+
+    @property
+    @abstractmethod
+    def presynaptic(self) -> list[Tensor]:
+        """r_{i−1}⁻, what each point's layer multiplies with its weights."""
+
+    @property
+    @abstractmethod
+    def somata(self) -> Sequence[int]:
+        """Number of points on the longest way from each point, itself included, to the output."""
+
+    @property
+    def outputs_at(self) -> list[int]:
+        """Which points are the output: no other point lies between them and r_L.
+
+        There are several where heads are summed, averaged or concatenated. The error of such a point is known where it
+        is, without any feedback weights; see :meth:`output_errors`.
+        """
+        return [i for i, count in enumerate(self.somata) if count == 1]
+
+    @property
+    def depth(self) -> int:
+        """L, the number of control points."""
+        return len(self.widths)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.output.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """n_L."""
+        return self.output.shape[1]
+
+    @property
+    @abstractmethod
+    def able(self) -> list[Tensor]:
+        """1 for units of a port whose rate a push of their voltage can move, else 0: one (B, n_i) a point."""
+
+    @abstractmethod
+    def made_of(self) -> list[Tensor]:
+        """The tensors that an update is made of, to see whether one has changed since."""
+
+    # The same elsewhere
+
+    @abstractmethod
+    def samples(self, index: Tensor) -> Self:
+        """The pass of some samples only; ``index`` as for a tensor's first dimension."""
+
+    @abstractmethod
+    def again(self) -> Self:
+        """The pass of the same input with the weights as they are now, and the same masks and batch statistics."""
+
+    def with_feedback(self, feedback: Sequence[Tensor]) -> Self:
+        """The same pass bound to other feedback weights."""
+        same = copy.copy(self)
+        same.feedback = feedback
+        for derived in ("stacked_feedback", "plain_output"):
+            same.__dict__.pop(derived, None)
+        return same
+
+    # Direct feedback, and what it does to the network
+
+    @cached_property
+    def stacked_feedback(self) -> Tensor:
+        """All Q_i one above the other, (Σ n_i, n_L)."""
+        return torch.cat(list(self.feedback))
+
+    @abstractmethod
+    def apical(self, u: Tensor) -> list[Tensor]:
+        """Apical voltages Q_i u of a control signal u, (B, n_L)."""
+
+    @abstractmethod
+    def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
+        """What is given for the ports, (B, n_i), in the shape of the voltages."""
+
+    @abstractmethod
+    def gathered(self, errors: Sequence[Tensor]) -> list[Tensor]:
+        """The transpose of :meth:`spread`: errors of the voltages, summed over the units of a port, (B, n_i)."""
+
+    @abstractmethod
+    def respond(self, driven: Sequence[Tensor]) -> D:
+        """The controlled feedforward pass: each point is driven by ``driven`` beside its own input."""
+
+    @abstractmethod
+    def apart(self, driven: Sequence[Tensor]) -> D:
+        """What apical voltages do to each point alone, what it hears staying feedforward."""
+
+    # Linearised
+
+    @abstractmethod
+    def linear_response(self, driven: Sequence[Tensor]) -> Tensor:
+        """First-order output deviation Σ_i J_i a_i, (B, n_L)."""
+
+    @abstractmethod
+    def pull(
+        self,
+        error: Tensor,
+        through: Sequence[Tensor] | None = None,
+        at: D | None = None,
+        live: bool = False,
+    ) -> list[Tensor]:
+        """Errors J_iᵀ e of all points for an output error e, (B, n_L).
+
+        Args:
+            error: e.
+            through: weights to pull it back through instead of W_i, one a point, of the same shapes; those of points
+                without a weight are not looked at.
+            at: a controlled state to take the derivatives at; None for the feedforward one.
+            live: let batch statistics follow their batch, as backprop does; else they are held.
+        """
+
+    @abstractmethod
+    def output_errors(self, error: Tensor) -> list[Tensor | None]:
+        """J_iᵀ e of the points that are the output, None of all others: no error crosses a layer on its way there."""
+
+    def jacobians(self) -> list[Tensor]:
+        """J_i = ∂r_L/∂v_i by ports, one (B, n_L, n_i) a point."""
+        return (self._held_jacobians or self._jacobians)()
+
+    @contextlib.contextmanager
+    def holding_jacobians(self) -> Iterator[None]:
+        """Work the Jacobians out once, if any are asked for, for all who ask for them inside."""
+        self._held_jacobians = functools.cache(self._jacobians)
+        try:
+            yield
+        finally:
+            self._held_jacobians = None
+
+    @abstractmethod
+    def _jacobians(self) -> list[Tensor]: ...
+
+    @abstractmethod
+    def gain(self, at: D | None = None) -> Tensor:
+        """JQ = Σ_i J_i Q_i, (B, n_L, n_L), at the feedforward or a controlled state."""
+
+    @abstractmethod
+    def mean_gain(self) -> Tensor:
+        """JQ for the batch as a whole, (1, n_L, n_L)."""
+
+    # From activity to updates
+
+    @abstractmethod
+    def postsynaptic(self, deviation: D, plasticity: Plasticity) -> list[Tensor]:
+        """What the feedback changed in each point; see :data:`Plasticity`."""
+
+    @abstractmethod
+    def basal_drive(self, deviation: D) -> list[Tensor]:
+        """W_i r_{i−1} of each point while the network is controlled: its basal voltage without the bias."""
+
+    @abstractmethod
+    def heard(self, deviation: D) -> list[Tensor]:
+        """r_{i−1} while the network is controlled."""
+
+    @abstractmethod
+    def gradients(
+        self, signals: Sequence[Tensor], heard: Sequence[Tensor] | None = None, scale: float = 1.0
+    ) -> list[list[Tensor]]:
+        """``scale`` times the batch mean of what each parameter is taught, for each point.
+
+        Weights and biases by t_i r_{i−1}ᵀ and t_i; those of a normalisation by its local derivative at the feedforward
+        state.
+
+        Args:
+            signals: teaching signals t_i in the shape of the voltages.
+            heard: r_{i−1}; None for :attr:`presynaptic`.
+            scale: of all.
+        """

@@ -1,0 +1,311 @@
+"""Any network under control: convolutions, branches, residual sums and normalisation between the control points.
+
+The operations of a forward pass are made again, in deviations from that pass, with Q_i u added at each control point,
+and backwards for errors. A point's voltage v_i is the output of a linear or convolutional layer, or of the
+normalisation that follows it directly, so that no teaching signal has to travel back through another layer's weights
+to reach a parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.operations.nonlinearity import Identity
+from dfc_lightning.operations.operation import Deviations, Frame
+from dfc_lightning.operations.passage import Passage
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.plasticity import Plasticity
+from dfc_lightning.passes.record import Record
+
+MEAN_OVER = 8
+"""Samples that the batch-mean gain is taken from."""
+
+ROWS_AT_ONCE = 512
+"""Rows of Jacobians that ride through the network together."""
+
+
+@dataclass
+class RecordedDeviation(Deviation):
+    """How a controlled network deviates from feedforward.
+
+    Args:
+        driven: what drives each point beyond its input, in the shape of its voltage.
+        moved: every deviation, by slot.
+        record: what the slots are.
+        late: what has arrived at each point by now, less what has arrived when its soma last moved; None where
+            transmission is instantaneous.
+    """
+
+    driven: list[Tensor]
+    moved: Deviations
+    record: Record
+    late: list[Tensor] | None = None
+
+    @property
+    def output(self) -> Tensor:
+        found = self.moved[self.record.output]
+        assert found is not None
+        return found
+
+    @property
+    def basal(self) -> list[Tensor]:  # type: ignore[override]
+        arriving = (self.moved[p.source] for p in self.record.passages)
+        return [torch.zeros_like(d) if b is None else b for b, d in zip(arriving, self.driven)]
+
+    def where(self, keep: Tensor, other: RecordedDeviation | None = None) -> RecordedDeviation:
+        def choose(mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None) -> list:
+            if others is None:
+                others = [None] * len(mine)
+            return [_where(keep, a, b) for a, b in zip(mine, others)]
+
+        return RecordedDeviation(
+            choose(self.driven, None if other is None else other.driven),
+            choose(self.moved, None if other is None else other.moved),
+            self.record,
+            None if self.late is None else choose(self.late, None if other is None else other.late),
+        )
+
+
+@dataclass(eq=False)
+class RecordedPass(ForwardPass[RecordedDeviation]):
+    """A feedforward pass of a network of any shape.
+
+    Args:
+        record: what was done.
+        frame: with what values.
+        ports: the shape of each port: that of the point's voltage, or with ones where all positions hear the same.
+        feedback: Q_i, (n_i, n_L), n_i the units of a port; or B_i, in the shape of W_i.
+    """
+
+    record: Record
+    frame: Frame
+    ports: Sequence[tuple[int, ...]]
+    feedback: Sequence[Tensor] = ()
+
+    @cached_property
+    def widths(self) -> list[int]:  # type: ignore[override]
+        return [math.prod(port) for port in self.ports]
+
+    @property
+    def output(self) -> Tensor:
+        return self.frame[self.record.output]
+
+    @property
+    def v(self) -> list[Tensor]:  # type: ignore[override]
+        return [self.frame[p.target] for p in self.record.passages]
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:  # type: ignore[override]
+        found = []
+        for site, v in zip(self.record.sites, self.v):
+            slope = site.phi.slope(v, site.phi(v)) if site.operation is None else site.operation.slope(self.frame)
+            found.append(slope if site.pool is None else slope * site.pool.wins(self.frame))
+        return found
+
+    @property
+    def presynaptic(self) -> list[Tensor]:
+        return [self.frame[s.heard] for s in self.record.segments]
+
+    @property
+    def somata(self) -> Sequence[int]:
+        return self.record.somata
+
+    @property
+    def able(self) -> list[Tensor]:
+        found = []
+        for slope, port in zip(self.slopes, self.ports):
+            shared = [k for k, (one, n) in enumerate(zip(port, slope.shape[1:]), start=1) if one != n]
+            largest = slope.abs().amax(shared) if shared else slope
+            found.append((largest != 0).to(slope).flatten(1))
+        return found
+
+    def made_of(self) -> list[Tensor]:
+        parameters = (p for segment in self.record.segments for p in segment.parameters)
+        return [*self.presynaptic, *self.v, *parameters]
+
+    def samples(self, index: Tensor) -> RecordedPass:
+        return replace(self, frame=self.record.samples(self.frame, index))
+
+    def again(self) -> RecordedPass:
+        return replace(self, frame=self.record.again(self.frame))
+
+    # Under control
+
+    def apical(self, u: Tensor) -> list[Tensor]:
+        return self.spread([u @ q.T for q in self.feedback])
+
+    def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
+        return [a.reshape(-1, *port).expand_as(v) for a, port, v in zip(ports, self.ports, self.v)]
+
+    def gathered(self, errors: Sequence[Tensor]) -> list[Tensor]:
+        found = []
+        for error, port in zip(errors, self.ports):
+            shape = (error.shape[0], *port)
+            found.append((error if error.shape == shape else error.sum_to_size(shape)).flatten(1))
+        return found
+
+    def run(self, at_point: Callable[[int, Tensor | None], Tensor], linear: bool = False) -> Deviations:
+        """Make the pass again, in deviations.
+
+        Args:
+            at_point: given a point's number and its basal deviation, None for none, what is handed on.
+            linear: to first order.
+        """
+        frame = self.frame
+        moved: Deviations = [None] * len(frame.values)
+        for each in self.record.program:
+            if isinstance(each, Passage):
+                moved[each.target] = at_point(each.index, moved[each.source])
+            elif any(moved[s] is not None for s in each.inputs):
+                changes = (each.tangents if linear else each.deviations)(frame, moved)
+                for slot, change in zip(each.outputs, changes):
+                    moved[slot] = change
+        return moved
+
+    def respond(self, driven: Sequence[Tensor]) -> RecordedDeviation:
+        return RecordedDeviation(list(driven), self._driven_pass(driven), self.record)
+
+    def _driven_pass(self, driven: Sequence[Tensor], linear: bool = False) -> Deviations:
+        return self.run(lambda i, basal: driven[i] if basal is None else basal + driven[i], linear)
+
+    def apart(self, driven: Sequence[Tensor]) -> RecordedDeviation:
+        moved: Deviations = [None] * len(self.frame.values)
+        for p, site, a in zip(self.record.passages, self.record.sites, driven):
+            moved[p.target] = a
+            if site.operation is not None:
+                moved[site.operation.inputs[0]] = a
+        return RecordedDeviation(list(driven), moved, self.record)
+
+    # Linearised
+
+    def linear_response(self, driven: Sequence[Tensor]) -> Tensor:
+        found = self._driven_pass(driven, linear=True)[self.record.output]
+        assert found is not None
+        return found
+
+    def pull(
+        self,
+        error: Tensor,
+        through: Sequence[Tensor] | None = None,
+        at: RecordedDeviation | None = None,
+        live: bool = False,
+    ) -> list[Tensor]:
+        errors = self._pulled(error, self._frame_at(at), self.record.moving, through, live)
+        return [torch.zeros_like(v) if (e := errors[p.target]) is None else e for p, v in zip(self.passages, self.v)]
+
+    def output_errors(self, error: Tensor) -> list[Tensor | None]:
+        errors = self._pulled(error, self.frame, self.record.tail)
+        return [errors[p.target] if count == 1 else None for p, count in zip(self.passages, self.somata)]
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """Where each point lies."""
+        return self.record.passages
+
+    def _jacobians(self) -> list[Tensor]:
+        rows = [
+            self.gathered(self.pull(e.expand(self.batch_size, -1)))
+            for e in torch.eye(self.outputs, dtype=self.output.dtype, device=self.output.device)
+        ]
+        return [torch.stack(each, dim=1) for each in zip(*rows)]
+
+    def gain(self, at: RecordedDeviation | None = None) -> Tensor:
+        batch, n, frame = self.batch_size, self.outputs, self._frame_at(at)
+        unit, found = torch.eye(n).to(self.output), []
+        for rows in torch.arange(batch * n, device=self.output.device).split(ROWS_AT_ONCE):
+            part = replace(self, frame=self.record.samples(frame, rows // n))
+            errors = part.gathered(part.pull(unit[rows % n]))
+            found.append(sum((e @ q for e, q in zip(errors, self.feedback)), start=errors[0].new_zeros(())))
+        return torch.cat(found).view(batch, n, n)
+
+    def mean_gain(self) -> Tensor:
+        few = torch.linspace(0, self.batch_size - 1, min(MEAN_OVER, self.batch_size)).round().long()
+        return self.samples(few.to(self.output.device)).gain().mean(0, keepdim=True)
+
+    def _frame_at(self, at: RecordedDeviation | None) -> Frame:
+        if at is None:
+            return self.frame
+        return self.frame.moved_by(at.moved)
+
+    def _pulled(
+        self,
+        error: Tensor,
+        frame: Frame,
+        slots: set[int],
+        through: Sequence[Tensor] | None = None,
+        live: bool = False,
+    ) -> list[Tensor | None]:
+        """Errors by slot, of ``slots`` alone: what has no part in them is not gone back to."""
+        other = {id(s.layer): (s.layer, w) for s, w in zip(self.record.segments, through or ()) if s.layer is not None}
+        errors: list[Tensor | None] = [None] * len(frame.values)
+        errors[self.record.output] = error
+        for each in reversed(self.record.program):
+            given = [errors[s] for s in each.outputs]
+            if slots.isdisjoint(each.inputs) or all(e is None for e in given):
+                continue
+            if id(each) in other:
+                layer, weight = other[id(each)]
+                found = layer.pulled_through(weight, frame, given)
+            else:
+                found = each.pulled(frame, given, live)
+            if not isinstance(each, Passage):
+                for slot in each.outputs:  # no longer needed: maps are large
+                    errors[slot] = None
+            for slot, share in zip(each.inputs, found):
+                if share is not None and slot in slots:
+                    before = errors[slot]
+                    errors[slot] = share if before is None else before + share
+        return errors
+
+    # From activity to updates
+
+    def basal_drive(self, deviation: RecordedDeviation) -> list[Tensor]:
+        return [v + b - s.shift(v) for v, b, s in zip(self.v, deviation.basal, self.record.segments)]
+
+    def postsynaptic(self, deviation: RecordedDeviation, plasticity: Plasticity) -> list[Tensor]:
+        if plasticity == "derivative":
+            return [d * a for d, a in zip(self.slopes, deviation.driven)]
+        frame, found = self.frame, []
+        for i, (site, driven) in enumerate(zip(self.record.sites, deviation.driven)):
+            signal = driven
+            if plasticity == "rate_difference" and not isinstance(site.phi, Identity):
+                if site.operation is None:
+                    at, slope = self.passages[i].target, None
+                    r = site.phi(frame[at])
+                else:
+                    at, slope = site.operation.inputs[0], site.operation.slope(frame)
+                    r = frame[site.operation.outputs[0]]
+                change = deviation.moved[at]
+                assert change is not None
+                if deviation.late is not None:
+                    change = change + deviation.late[i]
+                with_, without = (site.phi.difference(frame[at], r, d, slope) for d in (change, change - driven))
+                signal = with_ - without
+            found.append(signal if site.pool is None else signal * site.pool.wins(frame))
+        return found
+
+    def heard(self, deviation: RecordedDeviation) -> list[Tensor]:
+        moved = [deviation.moved[s.heard] for s in self.record.segments]
+        return [r if d is None else r + d for r, d in zip(self.presynaptic, moved)]
+
+    def gradients(
+        self, signals: Sequence[Tensor], heard: Sequence[Tensor] | None = None, scale: float = 1.0
+    ) -> list[list[Tensor]]:
+        share = scale / self.batch_size
+        return [
+            segment.gradients(self.frame, t * share, r)
+            for segment, t, r in zip(self.record.segments, signals, self.presynaptic if heard is None else heard)
+        ]
+
+
+def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if mine is None:
+        return None
+    other = torch.zeros_like(mine) if other is None else other
+    return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other)

@@ -1,0 +1,130 @@
+"""The parameters of a control point: a layer's, and those of the normalisation that follows it directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dfc_lightning.operations.batch_norm import BatchNorm
+from dfc_lightning.operations.linear import Weighted
+from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A point's layer, with its normalisation, as a pass has called them.
+
+    Args:
+        layer: the call of the layer, or None for a normalisation that stands by itself.
+        norm: the call of the normalisation, or None.
+        weight: the layer's weight.
+        bias: its bias.
+        norm_weight: the normalisation's γ.
+        norm_bias: its β.
+    """
+
+    layer: Weighted | None
+    norm: Operation | None
+    weight: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+    norm_weight: nn.Parameter | None = None
+    norm_bias: nn.Parameter | None = None
+
+    @property
+    def heard(self) -> Slot:
+        """Slot of what the layer multiplies with its weights."""
+        first = self.layer or self.norm
+        assert first is not None
+        return first.inputs[0]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that there are."""
+        return [p for p in (self.weight, self.bias, self.norm_weight, self.norm_bias) if p is not None]
+
+    def shift(self, voltage: Tensor) -> Tensor | float:
+        """The constant that is last added to ``voltage``, (B, …): a bias, or a normalisation's β."""
+        bias, last = (self.bias, self.layer) if self.norm is None else (self.norm_bias, self.norm)
+        if bias is None or last is None:
+            return 0.0
+        over_channels = last.name not in ("linear", "layer_norm", "rms_norm")
+        value = constant(bias, voltage.dtype)
+        return value.view(-1, *[1] * (voltage.dim() - 2)) if over_channels else value
+
+    def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
+        """What each of :attr:`parameters` is taught.
+
+        Args:
+            frame: the feedforward values, where the normalisation's derivative is taken.
+            signal: the teaching signal in the shape of the voltage, (B, …).
+            heard: what the layer hears, (B, …).
+        """
+        after: list[Tensor] = []
+        if self.norm is not None:
+            signal, after = self._through_norm(self.norm, frame, signal)
+        if self.layer is None or self.weight is None:
+            return after
+        return [*self.layer.taught(constant(self.weight, frame.dtype), self.bias is not None, signal, heard), *after]
+
+    def _through_norm(self, norm: Operation, frame: Frame, signal: Tensor) -> tuple[Tensor, list[Tensor]]:
+        taught = [constant(p, frame.dtype) for p in (self.norm_weight, self.norm_bias) if p is not None]
+        with torch.enable_grad():
+            x = frame[norm.inputs[0]].detach().requires_grad_()
+            leaves = [p.requires_grad_() for p in (t.clone() for t in taught)]
+            weight = leaves[0] if self.norm_weight is not None else None
+            bias = leaves[-1] if self.norm_bias is not None else None
+            if isinstance(norm, BatchNorm):
+                y = norm.live(x, weight, bias)
+            else:
+                y = _called_with(norm, {id(self.norm_weight): weight, id(self.norm_bias): bias}, x, frame.dtype)
+            found = torch.autograd.grad(y, [x, *leaves], signal)
+        return found[0], list(found[1:])
+
+
+@dataclass(frozen=True)
+class NamedSegment:
+    """A module of the user's that is a point as a whole: its parameters learn by its own local derivative.
+
+    The module is called again for that: it has to give the same for the same input, and to leave its buffers alone.
+
+    Args:
+        module: the module, called with one tensor.
+        heard: slot of what it is called with.
+    """
+
+    module: nn.Module
+    heard: Slot
+    layer: ClassVar[None] = None
+
+    def shift(self, voltage: Tensor) -> Tensor | float:
+        """None that is known apart from the rest; see :meth:`Segment.shift`."""
+        return 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them."""
+        return list(self.module.parameters())
+
+    def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
+        """What each of :attr:`parameters` is taught; see :meth:`Segment.gradients`."""
+        with torch.enable_grad():
+            names = [name for name, _ in self.module.named_parameters()]
+            leaves = [constant(p, frame.dtype).clone().requires_grad_() for p in self.parameters]
+            made = torch.func.functional_call(self.module, dict(zip(names, leaves)), (heard,))
+            found = torch.autograd.grad(made, leaves, signal, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)]
+
+
+def _called_with(call: Operation, replaced: dict[int, Tensor | None], x: Tensor, dtype: torch.dtype) -> Tensor:
+    def swap(value: object) -> object:
+        return replaced.get(id(value), value) if isinstance(value, Tensor) else value
+
+    args = [x if isinstance(a, Slot) else swap(a) for a in call.args]
+    kwargs = {k: x if isinstance(v, Slot) else swap(v) for k, v in call.kwargs.items()}
+    return call.function(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""Hooks on the layers of a known chain: its passes need no record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfc_lightning.errors import ControlError
+from dfc_lightning.recording.beside import cut, refuse_history
+from dfc_lightning.recording.points import ControlPoint
+from dfc_lightning.recording.recorder import called_twice, not_reached
+from dfc_lightning.recording.structure import Link
+
+
+class KnownChain:
+    """One forward pass of a known chain; :meth:`passed` is a hook of every layer.
+
+    Args:
+        points: the layers, in the order in which they are to be passed.
+        links: what lies between each and the next.
+        at_output: called with the layers' inputs, their voltages and the output; what it returns takes its place.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[ControlPoint],
+        links: Sequence[Link],
+        at_output: Callable[[list[Tensor], list[Tensor], Tensor], Tensor],
+    ) -> None:
+        self.points, self.links, self.at_output = points, links, at_output
+        self.inputs: list[Tensor] = []
+        self.voltages: list[Tensor] = []
+
+    def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Forward hook: note what went in and out, and hand the output on without its history."""
+        place = next(k for k, p in enumerate(self.points) if p.layer is layer)
+        point, received = self.points[place], args[0] if args else kwargs["input"]
+        if place < len(self.inputs):
+            raise called_twice(point.name)
+        if place > len(self.inputs):
+            raise ControlError(
+                f"The layer {point.name!r} is called in another order than in the first step. The layers of a "
+                "controlled chain follow each other the same way in every step."
+            )
+        refuse_history(point.name, received)
+        if output.dim() != 2:
+            raise ControlError(
+                f"The layer {point.name!r} returns the shape {tuple(output.shape)}, but (B, n_out) in the first step. "
+                "The layers of a controlled chain see inputs of one shape in every step."
+            )
+        self.inputs.append(received.detach())
+        voltage = output.detach()
+        self.voltages.append(voltage.clone() if self.links[place].overwrites else voltage)
+        if len(self.inputs) < len(self.points):
+            return cut(output, point.name)
+        return self.at_output(self.inputs, self.voltages, output)
+
+    def check_complete(self) -> None:
+        """Complain of layers that the pass did not reach."""
+        if len(self.inputs) < len(self.points):
+            raise not_reached([p.name for p in self.points[len(self.inputs) :]], bool(self.inputs))
+
+    def close(self) -> None:
+        """Let go of what was noted."""
+        self.inputs, self.voltages = [], []

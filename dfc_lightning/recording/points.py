@@ -1,0 +1,149 @@
+"""Control points: the layers whose voltage the feedback drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from dfc_lightning.errors import ControlError
+from dfc_lightning.passes.segment import LAYERS, NORMS
+
+
+@dataclass(frozen=True)
+class ControlPoint:
+    """A voltage v_i that feedback drives: a layer's output, v_i = W_i r_{i−1} + b_i, or a normalisation's.
+
+    Args:
+        name: the layer's name in the module.
+        layer: a linear or convolutional layer, or a normalisation that follows none of these directly.
+        norm: the normalisation that follows the layer directly; the voltage is then what it returns.
+    """
+
+    name: str
+    layer: nn.Module
+    norm: nn.Module | None = None
+
+    def with_norm(self, norm: nn.Module) -> ControlPoint:
+        """The same point behind the normalisation that follows the layer directly."""
+        return replace(self, norm=norm)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer is an ``nn.Linear``."""
+        return isinstance(self.layer, nn.Linear)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer, not a normalisation alone."""
+        return not isinstance(self.layer, NORMS)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a module of the user's, controlled since it was named."""
+        return not isinstance(self.layer, (*LAYERS, *NORMS))
+
+    @property
+    def width(self) -> int:
+        """n_i of a dense layer; of others the number of channels, 0 where that is not known."""
+        return 0 if self.is_named else self.layer.weight.shape[0]  # type: ignore[union-attr,index,return-value]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """W_i; None of a normalisation that stands by itself, and of a module that was named."""
+        return self.layer.weight if isinstance(self.layer, LAYERS) else None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases: the layer's, then the normalisation's; all those of a module that was named."""
+        if self.is_named:
+            return list(self.layer.parameters())
+        modules = [self.layer] if self.norm is None else [self.layer, self.norm]
+        return [p for m in modules for p in (m.weight, getattr(m, "bias", None)) if p is not None]  # type: ignore[misc]
+
+
+def find_points(module: nn.Module, network: str | None = None, extra_points: Sequence[str] = ()) -> list[ControlPoint]:
+    """The trainable layers and normalisations of a module, in the order of their registration.
+
+    Args:
+        module: where to look.
+        network: name of the submodule to look in; None for all of the module.
+        extra_points: names of further submodules to control as a whole.
+
+    Raises:
+        ControlError: there is none, a parameter belongs to several, or a trainable parameter to none of them.
+    """
+    scope, prefix = scope_of(module, network)
+    extra = [scope_of(module, name)[0] for name in extra_points]
+    within = {id(part) for each in extra for part in each.modules()}
+    points = [
+        ControlPoint(f"{prefix}{name}".rstrip("."), layer)
+        for name, layer in scope.named_modules()
+        if any(p.requires_grad for p in layer.parameters())
+        and (any(layer is e for e in extra) or (isinstance(layer, (*LAYERS, *NORMS)) and id(layer) not in within))
+    ]
+    where = type(module).__name__ if network is None else f"network={network!r}"
+    if not any(point.is_layer for point in points):
+        raise ControlError(
+            f"No control point in {where}: it has no trainable linear or convolutional layer. Feedback control drives "
+            "the outputs of such layers."
+        )
+    _check_parameters(points, scope, prefix)
+    return points
+
+
+def scope_of(module: nn.Module, network: str | None) -> tuple[nn.Module, str]:
+    """The submodule to control, and the prefix of the names in it.
+
+    Raises:
+        ControlError: there is none of that name.
+    """
+    if network is None:
+        return module, ""
+    try:
+        return module.get_submodule(network), f"{network}." if network else ""
+    except AttributeError as error:
+        names = ", ".join(repr(name) for name, _ in module.named_children())
+        raise ControlError(
+            f"network={network!r} is no submodule of {type(module).__name__}; its submodules are {names}."
+        ) from error
+
+
+def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str) -> None:
+    owner: dict[int, str] = {}
+    for point in points:
+        padding, kernel = getattr(point.layer, "padding", 0), getattr(point.layer, "kernel_size", ())
+        if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(point.layer.dilation, kernel)):  # type: ignore
+            raise ControlError(
+                f"The layer {point.name!r} has padding='same' with an even kernel, which pads one side more than the "
+                "other. Pad before it with nn.ZeroPad2d, say, and give it padding=0."
+            )
+        for parameter in point.layer.parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise ControlError(
+                    f"The layer {point.name!r} has no weights yet. Run one batch through the module before it is "
+                    "controlled, so that lazy layers learn their shapes."
+                )
+            other = owner.setdefault(id(parameter), point.name)
+            if other != point.name:
+                raise ControlError(
+                    f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled network "
+                    "learns from its own input; give them parameters of their own."
+                )
+        if not point.is_named and not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
+            owner = {k: v for k, v in owner.items() if v != point.name}  # parametrized: its weight is no parameter
+    untaught = [f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
+    if untaught:
+        raise ControlError(
+            f"No control point can teach the parameters {_listed(untaught)}: only weights and biases of linear and "
+            "convolutional layers, and of the usual normalisations, learn by feedback control. Freeze them with "
+            "requires_grad_(False), name their module in extra_points=['…'], or name the submodule made of such "
+            "layers with network='…'; parameters outside it are left to autograd."
+        )
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    shown: Iterator[str] = (repr(name) for name in names[:most])
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

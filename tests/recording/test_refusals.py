@@ -1,0 +1,223 @@
+"""What cannot be controlled is refused, with its cause and a remedy, where it is noticed, and left as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfc_lightning import DFC, ControlError, ControlledNetwork
+
+
+class Via(nn.Module):
+    """``forward`` is any function of the module and its input; the layers are 6-5-4-3."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Maps(nn.Module):
+    """``forward`` is any function of a convolution, a dense layer of 72 inputs, and maps of 2 × 6 × 6."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.c, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(72, 3)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class ChannelsLast(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv1d(1, 4, 2), norm, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.norm(self.a(x.unsqueeze(1)))).mean(2))
+
+
+def sequential(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), *between, nn.Linear(5, 3))
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    net[2].weight = net[0].weight
+    return net
+
+
+def tied_maps() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten())
+    net[2].weight = net[0].weight
+    return nn.Sequential(net, nn.Linear(72, 3))
+
+
+def renormed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
+
+
+def via(between: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Via(lambda m, x: m.c(m.b(between(m.a(x)))))
+
+
+def after(end: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    """A chain whose output ``end`` goes on with, and with what the first layer has sent."""
+
+    def run(m: Via, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return end(m.c(torch.tanh(m.b(torch.tanh(h)))), h)
+
+    return Via(run)
+
+
+def half_in_place(h: Tensor) -> Tensor:
+    h[:, :2].relu_()
+    return h
+
+
+class Case(NamedTuple):
+    """A module, what is said of it, and what it is given: vectors of 6 numbers or maps of 2 × 6 × 6."""
+
+    make: Callable[[], nn.Module]
+    message: str
+    maps: bool = False
+
+    @property
+    def x(self) -> Tensor:
+        return torch.randn(4, 2, 6, 6) if self.maps else torch.randn(8, 6)
+
+
+WHEN_MADE = {
+    "no layer": Case(lambda: nn.LayerNorm(5), "no trainable linear or convolutional layer"),
+    "all frozen": Case(
+        lambda: sequential(nn.Tanh()).requires_grad_(False), "no trainable linear or convolutional layer"
+    ),
+    "prelu": Case(lambda: sequential(nn.PReLU()), r"'1\.weight'.*Freeze"),
+    "embedding": Case(lambda: nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 3)), r"'0\.weight'.*network="),
+    "attention": Case(lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"),
+    "transformer": Case(lambda: nn.TransformerEncoderLayer(36, 2, 8), r"'self_attn\.in_proj_weight'"),
+    "recurrent": Case(lambda: nn.ModuleList([nn.Linear(3, 3), nn.LSTM(36, 3)]), r"weight_ih_l0"),
+    "shared weight": Case(tied, "'0' and '2' share a parameter"),
+    "shared kernel": Case(tied_maps, r"'0\.0' and '0\.2' share a parameter"),
+    "lazy": Case(lambda: nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3)), "'0' has no weights yet"),
+    "weight norm": Case(lambda: renormed(nn.utils.parametrizations.weight_norm), "parametrizations.*Freeze"),
+    "spectral norm": Case(lambda: renormed(nn.utils.parametrizations.spectral_norm), "parametrizations.*Freeze"),
+    "even kernel": Case(lambda: nn.Sequential(nn.Conv2d(2, 2, 2, padding="same")), "'0' has padding='same'"),
+}
+
+WHEN_RUN = {
+    "layer called twice": Case(
+        lambda: Via(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x) + m.a(-x)))))),
+        r"'a' is called twice.*call it once",
+    ),
+    "kernel used twice": Case(
+        lambda: Maps(lambda m, x: m.fc(F.relu(m.c(F.relu(m.c(x)))).flatten(1))), "'c' is called twice", True
+    ),
+    "layer not reached": Case(lambda: Via(lambda m, x: m.b(torch.tanh(m.a(x)))), r"layers c were not run.*Freeze"),
+    "no layer reached": Case(lambda: Via(lambda m, x: x.sum(1, keepdim=True)), r"not called.*a, b, c.*Call it once"),
+    "lost on the way": Case(
+        lambda: via(lambda h: torch.tensor(h.tolist())), r"no output of the shape \(B, n_L\) .*: that of a is lost"
+    ),
+    "no matrix for an output": Case(
+        lambda: Maps(lambda m, x: m.c(x)[:, :, 0] + 0 * m.fc(x.flatten(1)).sum()),
+        r"no output of the shape \(B, n_L\)",
+        True,
+    ),
+    "mean over the batch": Case(lambda: via(lambda h: h - h.mean(0)), r"operation mean .*Freeze"),
+    "maps less their mean": Case(
+        lambda: Maps(lambda m, x: m.fc(((h := F.relu(m.c(x))) - h.mean(0)).flatten(1))),
+        "mean gives a sample another value without the other samples",
+        True,
+    ),
+    "order of samples": Case(lambda: via(lambda h: h.flip(0)), r"operation flip .*Freeze"),
+    "a batch size in a shape": Case(
+        lambda: Maps(
+            lambda m, x: m.fc(F.relu(m.c(x)).permute(1, 0, 2, 3).reshape(2, 4, 36).permute(1, 0, 2).reshape(4, 72))
+        ),
+        "gives a sample another value without the other samples.*Write shapes with -1",
+        True,
+    ),
+    "noisy voltages": Case(lambda: via(lambda h: h.bernoulli()), r"random numbers in bernoulli.*nn\.Dropout"),
+    "random leak": Case(lambda: sequential(nn.RReLU()), r"random numbers in rrelu.*nn\.Dropout"),
+    "random slopes of maps": Case(
+        lambda: Maps(lambda m, x: m.fc(F.rrelu(m.c(x), training=True).flatten(1))), "random numbers in rrelu", True
+    ),
+    "random dropout": Case(lambda: via(lambda h: F.alpha_dropout(h, 0.5, True)), "random numbers in alpha_dropout"),
+    "complex numbers": Case(lambda: via(lambda h: h + torch.fft.fft(h).real), "complex numbers in fft_fft"),
+    "straight through": Case(lambda: via(lambda h: h + (torch.sign(h) - h).detach()), r"depends on a detach\(\)"),
+    "a view overwritten": Case(lambda: via(half_in_place), "after a view of it"),
+    "its weight transformed": Case(
+        lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
+    ),
+    "a norm of its own": Case(lambda: Normed(ChannelsLast(4)), "more than multiply"),
+    "moving statistics": Case(
+        lambda: Normed(nn.InstanceNorm1d(4, track_running_stats=True)), "writes into a tensor from outside"
+    ),
+}
+
+WHEN_TAUGHT = {
+    "past the last layer": Case(lambda: after(lambda o, h: o + h[:, :3]), "'a'.* beside the network's output"),
+    "gating the output": Case(lambda: after(lambda o, h: o * torch.sigmoid(h[:, :3])), "beside the network's output"),
+    "beside the output": Case(lambda: after(lambda o, h: torch.cat([o, h], 1)), "beside the network's output"),
+}
+
+
+@pytest.mark.parametrize("name", WHEN_MADE)
+def test_an_unfit_module_is_refused_when_it_is_made(name):
+    with pytest.raises(ControlError, match=WHEN_MADE[name].message):
+        ControlledNetwork(WHEN_MADE[name].make())
+
+
+@pytest.mark.parametrize("name", WHEN_RUN)
+@pytest.mark.parametrize("how", ["observed", "taught", "taught as any network"])
+def test_an_unfit_pass_is_refused_when_it_is_run_and_the_module_left_alone(
+    name: str, how: Literal["observed", "taught", "taught as any network"]
+) -> None:
+    module, x = WHEN_RUN[name].make(), WHEN_RUN[name].x
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    net = ControlledNetwork(module, general=how == "taught as any network")
+    with pytest.raises(ControlError, match=re.compile(WHEN_RUN[name].message, re.IGNORECASE)):
+        if how == "observed":
+            net.observe(x)
+        else:
+            with net.taught_by(DFC()):
+                net(x)
+    assert all(len(m._forward_hooks) == len(m._forward_pre_hooks) == 0 for m in module.modules())
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert before.keys() == module.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", WHEN_TAUGHT)
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("seen", [False, True], ids=["first pass", "later pass"])
+def test_a_loss_beside_the_output_is_refused_when_its_gradient_comes_back(name, general, seen):
+    module, x = WHEN_TAUGHT[name].make(), WHEN_TAUGHT[name].x
+    net = ControlledNetwork(module, general=general)
+    if seen:
+        net.observe(x)
+    with net.taught_by(DFC()):
+        loss = net(x).square().sum()
+    with pytest.raises(ControlError, match=WHEN_TAUGHT[name].message):
+        loss.backward()

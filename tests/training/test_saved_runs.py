@@ -1,0 +1,29 @@
+"""Checkpoints of an earlier layout of the package load, and their runs go on as they would have there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases.chains import close
+from cases.fits import differing
+from cases.saved_runs import FOLDER, NETS, resumed
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_saved_run_goes_on_where_it_was_and_learns_what_it_would_have(name):
+    before, after = resumed(name, FOLDER)
+    saved = torch.load(FOLDER / f"{name}.ckpt", weights_only=True)["dfc_lightning"]
+    assert not differing({part: before[part] for part in ("feedback", "learner", "stages")}, without_seed(saved))
+    theirs_before, theirs_after = torch.load(FOLDER / f"{name}_resumed.pt", weights_only=True)
+    assert not differing(before, theirs_before)
+    assert after["stages"] == theirs_after["stages"] and after["learner"]["steps"] == theirs_after["learner"]["steps"]
+    for part in ("weights", "feedback"):
+        for where, start in before[part].items():
+            moved, expected = after[part][where] - start, theirs_after[part][where] - start
+            assert expected.any() and close(moved.double(), expected.double(), 1e-4), (part, where)
+
+
+def without_seed(saved: dict[str, Any]) -> dict[str, Any]:
+    return {part: value for part, value in saved.items() if part != "seed"}
