@@ -217,12 +217,17 @@ class FeedbackLearner:
         return [q for i, q in enumerate(self.network.feedback) if i not in fixed]
 
     def _optimizer_for(self, initial: bool) -> torch.optim.Adam:
-        if self._optimizer is None or self._initial != initial:
+        learned, before = self._learned(), self._optimizer
+        had = [] if before is None else before.param_groups[0]["params"]
+        if before is None or self._initial != initial or list(map(id, had)) != list(map(id, learned)):
             settings = self.learning
             lr = settings.initial_lr if initial and settings.initial_lr is not None else settings.lr
-            self._optimizer = torch.optim.Adam(self._learned(), lr, settings.betas, settings.eps, settings.weight_decay)
+            self._optimizer = torch.optim.Adam(learned, lr, settings.betas, settings.eps, settings.weight_decay)
+            if before is not None and self._initial == initial:  # other layers learn now: the rest go on as they were
+                self._optimizer.state.update({q: before.state[q] for q in learned if q in before.state})
             self._initial = initial
-        return self._optimizer
+            return self._optimizer
+        return before
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -22,7 +22,7 @@ from dfc_lightning.passes.recorded import RecordedPass
 from dfc_lightning.recording.dense_chain import dense_chain
 from dfc_lightning.recording.independence import check_samples_are_independent
 from dfc_lightning.recording.known_chain import KnownChain
-from dfc_lightning.recording.points import ControlPoint, find_points
+from dfc_lightning.recording.points import ControlPoint, find_points, scope_of
 from dfc_lightning.recording.recorder import Recorder, Recording
 from dfc_lightning.recording.structure import Structure
 
@@ -73,9 +73,10 @@ class ControlledNetwork:
         require(known, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.module = module
+        self._scope = network, tuple(extra_points)
         self.feedback_init, self.conv_feedback, self.general = feedback_init, conv_feedback, general
         self.seed = torch.initial_seed() if seed is None else seed
-        self.points: list[ControlPoint] = find_points(module, network, extra_points)
+        self.points: list[ControlPoint] = find_points(module, *self._scope)
         self.structure: Structure | None = None
         """What the forward passes have shown; None before the first."""
         self.kind: Direct | Layerwise | None = None
@@ -84,6 +85,8 @@ class ControlledNetwork:
         self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
         """The mean of a tensor over processes, for feedback weights that start from activity."""
         self._layers = list(self.points)
+        self._trainable = self._trainable_now()
+        self._before: dict[str, nn.Parameter] = {}  # feedback weights from when other parameters could learn
         self._outputs_at: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +118,8 @@ class ControlledNetwork:
     # Passes
 
     def observe(self, *args: Any, **kwargs: Any) -> ForwardPass:
-        """Run the module as far as the network's output, without gradients, and return the pass."""
-        with torch.no_grad():
-            return self.observing(lambda: self.module(*args, **kwargs))
+        """Run the module as far as the network's output, and return the pass."""
+        return self.observing(lambda: self.module(*args, **kwargs))
 
     def observing(self, run: Callable[[], Any], kind: Direct | Layerwise | None = None) -> ForwardPass:
         """Call ``run``, which runs the module, and break it off at the network's output.
@@ -134,7 +136,8 @@ class ControlledNetwork:
             raise _OutputReached(self.bound(forward, kind))
 
         try:
-            with buffers_kept(self.module), self.watched(stop):
+            # With gradients, as in training: what a module does beside its pass without them is told from it by that.
+            with buffers_kept(self.module), torch.enable_grad(), self.watched(stop):
                 run()
         except _OutputReached as reached:
             return reached.forward
@@ -186,6 +189,7 @@ class ControlledNetwork:
         Raises:
             ControlError: a layer is passed twice or not at all, or its output is lost on the way.
         """
+        self._follow_what_learns()
         watch = self._watch(at_output)
         with contextlib.ExitStack() as stack:
             stack.callback(watch.close)
@@ -199,6 +203,19 @@ class ControlledNetwork:
                 stack.enter_context(watch.tape)
             yield
             watch.check_complete()
+
+    def _trainable_now(self) -> list[bool]:
+        return [p.requires_grad for p in scope_of(self.module, self._scope[0])[0].parameters()]
+
+    def _follow_what_learns(self) -> None:
+        """Find the points anew where layers were frozen or unfrozen; feedback weights of the others are kept."""
+        trainable = self._trainable_now()
+        if trainable == self._trainable:
+            return
+        self._before |= {p.name: q for p, q in zip(self.points, self.feedback)}
+        self.points = find_points(self.module, *self._scope)
+        self._layers, self._trainable = list(self.points), trainable
+        self.structure, self.feedback = None, []
 
     def _watch(self, at_output: AtOutput) -> KnownChain | Recorder:
         links = None if self.structure is None else self.structure.chains.get(self.module.training)
@@ -264,7 +281,12 @@ class ControlledNetwork:
         if not self.feedback or type(kind) is not type(self.kind):
             with torch.no_grad(), torch.autocast(forward.output.device.type, enabled=False):
                 values = self._made(kind, forward)
-            self.kind, self.feedback = kind, [nn.Parameter(q) for q in values]
+            before = self._before if type(kind) is type(self.kind) else {}
+            self.kind, self.feedback = kind, [
+                had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
+                for p, q in zip(self.points, values)
+            ]
+            self._before = {}
         for q in self.feedback:  # the module may have moved since
             if q.device != forward.output.device or q.dtype != self.dtype:
                 q.data = q.data.to(forward.output.device, self.dtype)

@@ -99,7 +99,7 @@ class Lesson:
         share = samples if self.loss_reduction == "mean" else 1
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
-            self.update = self.rule.teach(forward, self.loss_grad)
+            self.update = self._complete(self.rule.teach(forward, self.loss_grad))
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
             return [
@@ -107,6 +107,15 @@ class Lesson:
                 for point, taught in zip(self._points, self.update.gradients)
                 for parameter, value in zip(point.parameters, self._checked(point, taught))
             ]
+
+    def _complete(self, update: Update) -> Update:
+        if len(update.gradients) != len(self._points):
+            names = ", ".join(repr(point.name) for point in self._points)
+            raise ControlError(
+                f"{type(self.rule).__name__} teaches {len(update.gradients)} layers, but the network has "
+                f"{len(self._points)}: {names}. Return what forward.gradients(signals) gives, with one signal a point."
+            )
+        return update
 
     def _checked(self, point: ControlPoint, taught: Sequence[Tensor]) -> Sequence[Tensor]:
         given, needed = [tuple(t.shape) for t in taught], [tuple(p.shape) for p in point.parameters]

@@ -46,7 +46,9 @@ def writes_into_argument(function: Callable[..., Any], args: Sequence[Any], kwar
         return True
     if name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_", "retain_grad_"):
         return True
-    return name == "__setitem__" or named(function, args, kwargs).get("inplace") is True
+    if "inplace" in parameter_names(function):
+        return named(function, args, kwargs).get("inplace") is True
+    return name == "__setitem__"
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -59,7 +59,8 @@ class BatchNorm(Exact):
                 return x, self.live(x, *(None if p is None else p.detach().to(x) for p in (self.weight, self.bias)))
 
         x, y = frame.once((self, "graph"), linearise)
-        return torch.autograd.grad(y, x, error, retain_graph=True)
+        back = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in error.split(frame.batch)]
+        return [torch.cat(back)]
 
     def live(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise ``x``, the statistics following their batch: what backprop differentiates.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import tensors_of
-from dfc_lightning.operations.operation import Deviations, Frame, Operation, Slot, constant, filled
+from dfc_lightning.operations.operation import Deviations, Frame, Operation, Slot, constant, filled, weighed
 
 
 class Exact(Operation):
@@ -92,7 +92,8 @@ class Weighted(Exact):
         assert error is not None
         if self.name == "linear":
             return [error @ weight]
-        return [self.backward(error, frame[self.inputs[0]], weight, [True, False, False])[0]]
+        heard = error.new_empty(error.shape[0], *frame[self.inputs[0]].shape[1:])  # only its shape counts
+        return [self.backward(error, heard, weight, [True, False, False])[0]]
 
     def taught(self, weight: Tensor, bias: bool, signal: Tensor, heard: Tensor) -> list[Tensor]:
         """What weight and bias are taught by a signal at the layer's output and what it hears: Σ_b t rᵀ, Σ_b t."""
@@ -149,7 +150,7 @@ class Sum(Exact):
         found: dict[int, Tensor] = {}
         for term, scale in zip(two(self.args, self.kwargs), (1, self.scale)):
             if isinstance(term, Slot):
-                share = summed_to(error if scale == 1 else error * scale, frame[term].shape)
+                share = _summed_to(error if scale == 1 else error * scale, frame[term].shape[1:])
                 found[term] = found[term] + share if term in found else share
         return [found[s] for s in self.inputs]
 
@@ -180,7 +181,9 @@ class Product(Operation):
         found: dict[int, Tensor] = {}
         for term, other in ((x, y), (y, x)):
             if isinstance(term, Slot):
-                share = summed_to(error * (frame[other] if isinstance(other, Slot) else other), frame[term].shape)
+                factor = frame[other].expand(frame[self.outputs[0]].shape) if isinstance(other, Slot) else other
+                share = weighed(error, factor) if isinstance(other, Slot) else error * factor
+                share = _summed_to(share, frame[term].shape[1:])
                 found[term] = found[term] + share if term in found else share
         return [found[s] for s in self.inputs]
 
@@ -189,11 +192,6 @@ def two(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The two arguments of a sum or a product."""
     found = [*args[:2], *(kwargs[name] for name in ("input", "other") if name in kwargs)]
     return found[0], found[1]
-
-
-def summed_to(error: Tensor, shape: torch.Size) -> Tensor:
-    """An error summed over the entries among which its argument was shared out."""
-    return error if error.shape == shape else error.sum_to_size(shape)
 
 
 def _summed_to(error: Tensor | None, shape: Sequence[int]) -> Tensor:

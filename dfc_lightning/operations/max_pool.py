@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfc_lightning.operations.operation import Deviations, Frame, Operation
+from dfc_lightning.operations.operation import Deviations, Frame, Operation, weighed
 
 
 class MaxPool(Operation):
@@ -56,7 +56,7 @@ class MaxPool(Operation):
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         (error,), x = errors, frame[self.inputs[0]]
         assert error is not None
-        return [self._scattered([won * error for won in self._won(frame)], x, error.shape[2:])]
+        return [self._scattered([weighed(error, won) for won in self._won(frame)], x, error.shape[2:])]
 
     def wins(self, frame: Frame) -> Tensor:
         """In how many windows each entry is the largest, in the shape of the argument."""
@@ -67,7 +67,7 @@ class MaxPool(Operation):
 
     def _scattered(self, entries: Sequence[Tensor], x: Tensor, size: Sequence[int]) -> Tensor:
         """What is given for the entries at each offset, added up where the entries lie in ``x``."""
-        total = self._padded(torch.zeros_like(x), size, 0.0)
+        total = self._padded(x.new_zeros(entries[0].shape[0], *x.shape[1:]), size, 0.0)
         for entry, place in zip(entries, self._places(size)):
             total[place] += entry
         inside: Any = (..., *(slice(p, p + n) for p, n in zip(self.padding, x.shape[2:])))

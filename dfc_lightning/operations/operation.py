@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
 
@@ -126,12 +127,16 @@ class Operation:
             return tuple(results[k] for k in kept)
 
         changes = [torch.zeros_like(frame[s]) if (d := moved[s]) is None else d for s in floats]
-        for k, change in zip(kept, torch.func.jvp(run, tuple(frame[s] for s in floats), tuple(changes))[1]):
+        with sdpa_kernel(SDPBackend.MATH):  # attention's faster kernels know no tangents
+            tangents = torch.func.jvp(run, tuple(frame[s] for s in floats), tuple(changes))[1]
+        for k, change in zip(kept, tangents):
             found[k] = change
         return found
 
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         """Errors of its inputs for those of its results: the transpose of :meth:`tangents`.
+
+        Errors may be several times the batch, (R B, …), R errors of every sample one after the other.
 
         Args:
             frame: the values at which to linearise.
@@ -154,11 +159,13 @@ class Operation:
         ends = [k for k in reached if results[k].requires_grad]
         if not ends:
             return found
-        back = torch.autograd.grad(
-            [results[k] for k in ends], leaves, [errors[k] for k in ends], retain_graph=True, allow_unused=True
-        )
-        for slot, error in zip(floats, back):
-            found[self.inputs.index(slot)] = error
+        several = zip(*(error.split(frame.batch) for k in ends if (error := errors[k]) is not None))
+        back = [
+            torch.autograd.grad([results[k] for k in ends], leaves, each, retain_graph=True, allow_unused=True)
+            for each in several
+        ]
+        for slot, parts in zip(floats, zip(*back)):
+            found[self.inputs.index(slot)] = None if parts[0] is None else torch.cat(parts)
         return found
 
     def _smooth(self, frame: Frame) -> tuple[list[Slot], list[int]]:
@@ -175,6 +182,13 @@ class Operation:
             else:
                 kwargs = {**kwargs, "input": kwargs["input"].clone()}
         return tensors_of(self.function(*args, **kwargs))
+
+
+def weighed(error: Tensor, weight: Tensor) -> Tensor:
+    """Errors times a weight for each entry of a sample, (B, …); the errors may be several times the batch."""
+    if error.shape[0] == weight.shape[0]:
+        return error * weight
+    return (error.view(-1, *weight.shape) * weight).flatten(0, 1)
 
 
 def slots_in(tree: Any) -> list[Slot]:

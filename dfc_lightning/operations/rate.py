@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dfc_lightning.operations.nonlinearity import Nonlinearity
-from dfc_lightning.operations.operation import Deviations, Frame, Operation
+from dfc_lightning.operations.operation import Deviations, Frame, Operation, weighed
 
 
 class Rate(Operation):
@@ -39,7 +39,7 @@ class Rate(Operation):
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         error = errors[0]
         assert error is not None
-        return [self.slope(frame) * error]
+        return [weighed(error, self.slope(frame))]
 
     def slope(self, frame: Frame) -> Tensor:
         """φ' at the frame's values."""

@@ -172,17 +172,19 @@ def operation(call: Call) -> Operation:
 # Calls that no pass can make again
 
 _RANDOM = {"gumbel_softmax", "bernoulli", "bernoulli_", "multinomial", "poisson", "normal_", "uniform_"}
-_RANDOM_IN_TRAINING = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "rrelu_"}
+_RANDOM_BY: dict[str, tuple[str, ...]] = {
+    "scaled_dot_product_attention": ("dropout_p",),
+    **dict.fromkeys(["alpha_dropout", "feature_alpha_dropout", "rrelu", "rrelu_"], ("training", "train")),
+}
+"""The arguments with which a call draws random numbers."""
 
 
 def draws_random_numbers(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers, other than dropout."""
     name = getattr(function, "__name__", "")
-    given = named(function, args, kwargs)
-    if name == "scaled_dot_product_attention":
-        return bool(given.get("dropout_p"))
-    if name in _RANDOM_IN_TRAINING:
-        return bool(given.get("training", given.get("train", False)))
+    if name in _RANDOM_BY:
+        given = named(function, args, kwargs)
+        return any(given.get(argument) for argument in _RANDOM_BY[name])
     return name in _RANDOM
 
 

@@ -27,7 +27,7 @@ MEAN_OVER = 8
 """Samples that the batch-mean gain is taken from."""
 
 ROWS_AT_ONCE = 512
-"""Rows of Jacobians that ride through the network together."""
+"""Rows of Jacobians that ride back through the network together."""
 
 
 @dataclass
@@ -197,7 +197,10 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         live: bool = False,
     ) -> list[Tensor]:
         errors = self._pulled(error, self._frame_at(at), self.record.moving, through, live)
-        return [torch.zeros_like(v) if (e := errors[p.target]) is None else e for p, v in zip(self.passages, self.v)]
+        return [
+            v.new_zeros(error.shape[0], *v.shape[1:]) if (e := errors[p.target]) is None else e
+            for p, v in zip(self.passages, self.v)
+        ]
 
     def output_errors(self, error: Tensor) -> list[Tensor | None]:
         errors = self._pulled(error, self.frame, self.record.tail)
@@ -209,20 +212,19 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         return self.record.passages
 
     def _jacobians(self) -> list[Tensor]:
-        rows = [
-            self.gathered(self.pull(e.expand(self.batch_size, -1)))
-            for e in torch.eye(self.outputs, dtype=self.output.dtype, device=self.output.device)
-        ]
-        return [torch.stack(each, dim=1) for each in zip(*rows)]
+        return self._rows(None)
+
+    def _rows(self, at: RecordedDeviation | None) -> list[Tensor]:
+        """J_i of each sample at a controlled state, a number of outputs at a time."""
+        units = torch.eye(self.outputs).to(self.output)
+        found = []
+        for some in units.split(max(1, ROWS_AT_ONCE // self.batch_size)):
+            errors = self.pull(some.repeat_interleave(self.batch_size, dim=0), at=at)
+            found.append([e.view(len(some), self.batch_size, -1) for e in self.gathered(errors)])
+        return [torch.cat(each).transpose(0, 1).contiguous() for each in zip(*found)]
 
     def gain(self, at: RecordedDeviation | None = None) -> Tensor:
-        batch, n, frame = self.batch_size, self.outputs, self._frame_at(at)
-        unit, found = torch.eye(n).to(self.output), []
-        for rows in torch.arange(batch * n, device=self.output.device).split(ROWS_AT_ONCE):
-            part = replace(self, frame=self.record.samples(frame, rows // n))
-            errors = part.gathered(part.pull(unit[rows % n]))
-            found.append(sum((e @ q for e, q in zip(errors, self.feedback)), start=errors[0].new_zeros(())))
-        return torch.cat(found).view(batch, n, n)
+        return sum((j @ q for j, q in zip(self._rows(at), self.feedback)), start=self.output.new_zeros(()))
 
     def mean_gain(self) -> Tensor:
         few = torch.linspace(0, self.batch_size - 1, min(MEAN_OVER, self.batch_size)).round().long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
@@ -32,9 +33,12 @@ class KnownChain:
         self.points, self.links, self.at_output = points, links, at_output
         self.inputs: list[Tensor] = []
         self.voltages: list[Tensor] = []
+        self._with_grad = torch.is_grad_enabled()
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
+        if torch.is_grad_enabled() != self._with_grad:
+            return output  # a call beside the one that is taught: a pseudo-label, a look at something
         place = next(k for k, p in enumerate(self.points) if p.layer is layer)
         point, received = self.points[place], args[0] if args else kwargs["input"]
         if place < len(self.inputs):

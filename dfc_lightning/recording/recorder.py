@@ -65,8 +65,15 @@ class Recorder:
         self.passages: list[Passage] = []
         self._at_output, self._dtype = at_output, dtype
 
+    @property
+    def beside(self) -> bool:
+        """Whether the module is called beside the pass that is recorded: without gradients, for a pseudo-label, say."""
+        return self.tape.beside
+
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note what the layer is about to hear."""
+        if self.beside:
+            return
         name = self.names[id(layer)]
         if id(layer) not in self.waiting:
             raise called_twice(name)
@@ -76,6 +83,8 @@ class Recorder:
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: hand the output on without its history."""
+        if self.beside:
+            return output
         point = self.waiting.pop(id(layer))
         self.order.append(point)
         with self.tape.paused():

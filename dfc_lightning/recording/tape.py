@@ -48,6 +48,7 @@ class Tape(TorchFunctionMode):
         self._alive: list[Tensor] = []  # what has a slot must keep its id
         self._stale: set[int] = set()
         self._paused = False
+        self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
             "__setitem__": self._set_item,
             **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), self._dropout),
@@ -57,12 +58,19 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        new = name.endswith("_like") or name.startswith("new_")
-        if self._paused or self.output is not None or new or not self._concerned(args, kwargs):
+        kwargs = kwargs or {}
+        if self.output is not None or self._paused or torch.is_grad_enabled() != self._with_grad:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
         _refuse(func, args, kwargs)
         return self.look(self._recorders.get(name, self._call)(func, args, kwargs))
+
+    @property
+    def beside(self) -> bool:
+        """Whether gradients are off that were on: what is computed now is constant to the rest, as autograd has it."""
+        return torch.is_grad_enabled() != self._with_grad
 
     # What is recorded how
 
@@ -83,7 +91,10 @@ class Tape(TorchFunctionMode):
         self._record(_with_item, (target, *rest), {}, args[0], True)
 
     def _dropout(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        x = named(func, args, kwargs)["input"]
+        given = named(func, args, kwargs)
+        x = given["input"]
+        if not given.get("training", given.get("train", True)):
+            return x
         with self.paused():
             ones = torch.ones_like(x)
             mask = func(ones, *args[1:], **kwargs) if args else func(**{**kwargs, "input": ones})

@@ -239,13 +239,14 @@ class ControlledTraining(Strategy):
                 raise _BatchSkipped
 
         try:
-            with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
+            with self.precision_plugin.train_step_context(), silenced(module):
                 forward = network.observing(run, self.rule.feedback)
         except _BatchSkipped:
             if self._trainer.world_size > 1:
                 raise skipped_alone() from None
             return {}
-        return learner.step(forward, initial)  # outside the context: no autocast in the simulation
+        with torch.no_grad():
+            return learner.step(forward, initial)  # outside the context: no autocast in the simulation
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
         assert self.learner is not None and self._trainer is not None

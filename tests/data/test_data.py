@@ -280,11 +280,8 @@ def test_teacher_is_the_same_for_every_split_size():
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(("folder", "mean", "std"), [("MNIST", 0.0, 1.0), ("FashionMNIST", 0.2860, 0.3530)])
-def test_real_images_have_the_published_sizes_and_statistics(folder, mean, std):
-    data = IMAGES[folder]()
-    if data._missing():
-        root = os.environ.get("DFC_DATA_ROOT", "unset")
-        pytest.skip(f"{folder} is not in {data.raw} (DFC_DATA_ROOT is {root})")
+def test_real_images_have_the_published_sizes_and_statistics(real_data, folder, mean, std):
+    data = real_data(folder)
     data.prepare_data()
     data.setup()
     assert [len(pairs) for pairs in (data.train_set, data.val_set, data.test_set)] == [55_000, 5_000, 10_000]

@@ -1,7 +1,5 @@
-import os
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -241,15 +239,9 @@ def test_digits_learn_by_dfc_to_six_percent(capsys):
     assert float(line.split()[1]) <= 6, line
 
 
-def skip_without(data):
-    root = os.environ.get("DFC_DATA_ROOT")
-    if root is None or not (Path(root) / data / "raw").is_dir():
-        pytest.skip(f"DFC_DATA_ROOT holds no {data}/raw")
-
-
 @pytest.mark.real_data
-def test_the_best_autoencoder_learns_on_its_data(capsys):
-    skip_without("MNIST")
+def test_the_best_autoencoder_learns_on_its_data(real_data, capsys):
+    real_data("MNIST")
     main(["fit", f"--config={RECIPES / BEST}.yaml", *QUIET, *SHORT])
     found = re.fullmatch(
         r"test/loss ([\d.]+) \(best validation epoch 0, val/loss [\d.]+\)", capsys.readouterr().out.splitlines()[-1]
@@ -259,8 +251,8 @@ def test_the_best_autoencoder_learns_on_its_data(capsys):
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("digits")])
-def test_recipe_runs_on_its_data(capsys, name):
-    skip_without("FashionMNIST" if name.startswith("fashion") else "MNIST")
+def test_recipe_runs_on_its_data(real_data, capsys, name):
+    real_data("FashionMNIST" if name.startswith("fashion") else "MNIST")
     options = [*SHORT]
     if "dfc" in name and not name.endswith("_fixed"):
         options += [

@@ -89,7 +89,7 @@ def test_hidden_activity_may_be_looked_at(looked_at, general):
     seen: list[float] = []
 
     def look(out: Tensor, h: Tensor) -> Tensor:
-        seen.append(float(looked_at(h).norm()))
+        seen.append(float(looked_at(h).norm().detach()))
         return out
 
     net = ControlledNetwork(Two(torch.tanh, after=look), general=general)
