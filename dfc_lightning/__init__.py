@@ -1,5 +1,8 @@
 """Deep Feedback Control and other bio-plausible learning rules for PyTorch Lightning."""
 
+import dfc_lightning.interrupts  # before what takes long to import  # noqa: F401
+
+# isort: split
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.controller import PIController
 from dfc_lightning.control.network import ControlledNetwork

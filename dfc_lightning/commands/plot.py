@@ -9,6 +9,7 @@ from pathlib import Path
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.plots import dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
+from dfc_lightning.plots.runs import RunError
 
 OF_RUNS = {"dashboard": dashboard, "figure_3": figure_3}
 OF_EXAMPLES = {
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> None:
             if not given.runs:
                 parser.error(f"RUN is missing: {given.figure} needs the folder of a run, e.g. runs/digits/dfc")
             figure = OF_RUNS[given.figure]([read_run(run) for run in given.runs])
-    except (ControlError, FileNotFoundError) as error:
+    except (ControlError, FileNotFoundError, RunError) as error:
         parser.error(str(error))
     formats = figure.canvas.get_supported_filetypes()
     if output.suffix.removeprefix(".") not in formats:
