@@ -142,6 +142,8 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             for folder in self._claimed:
                 folder.rmdir()
+            if isinstance(self._failure, OSError):  # wrapped by the parser as a refused value
+                raise self._failure from error
             if not isinstance(error, (ValueError, MisconfigurationException)):
                 raise
             cause: BaseException = self._failure or error

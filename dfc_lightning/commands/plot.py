@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfc_lightning.control.checks import ControlError
+from dfc_lightning.experiments.errors import sentence
 from dfc_lightning.plots import dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
 from dfc_lightning.plots.runs import RunError
@@ -54,7 +55,7 @@ def main(args: Sequence[str]) -> None:
                 parser.error(f"RUN is missing: {given.figure} needs the folder of a run, e.g. runs/digits/dfc")
             figure = OF_RUNS[given.figure]([read_run(run) for run in given.runs])
     except (ControlError, FileNotFoundError, RunError) as error:
-        parser.error(str(error))
+        parser.error(sentence(error) or str(error))
     formats = figure.canvas.get_supported_filetypes()
     if output.suffix.removeprefix(".") not in formats:
         parser.error(f"--output={output}: no known format; end it with one of .{', .'.join(sorted(formats))}")
