@@ -25,6 +25,7 @@ from lightning_utilities.core.imports import RequirementCache
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.commands import COMMANDS
 from dfc_lightning.commands.ending import ending_in_a_sentence
+from dfc_lightning.experiments.checkpoints import require_checkpoint
 from dfc_lightning.experiments.composition import BASE, composed
 from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
 from dfc_lightning.experiments.published import Published
@@ -110,6 +111,14 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let a recipe say what it should reach."""
         parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and see that the checkpoint can be opened, which Lightning does next, for its hyperparameters."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            require_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """See which class it is that refuses its arguments, and give each run's logger a folder of its own."""

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("jsonargparse")
 
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dfc_lightning import cli
@@ -167,6 +168,27 @@ def test_a_damaged_run_is_named(capsys, command, content):
     Path("run/metrics.csv").write_bytes(content)
     code, said = ended(capsys, [command, "run"])
     assert code == 2 and "metrics.csv" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("words"),
+        lambda path: path.write_bytes(bytes(range(256)) * 9),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"weights": 1}, path),
+        lambda path: (
+            torch.save({"state_dict": {"a": torch.zeros(1000)}}, path) or path.write_bytes(path.read_bytes()[:999])
+        ),
+    ],
+    ids=["empty", "words", "binary", "a list", "weights", "cut short"],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_file_that_is_no_checkpoint_is_named(capsys, command, write):
+    write(Path("bad.ckpt"))
+    code, said = ended(capsys, [command, f"--config={DIGITS}", *QUIET, "--ckpt_path=bad.ckpt"])
+    assert code == 1 and re.search("error: The (checkpoint|file) bad.ckpt .*(go on|give one)", said), said
 
 
 def test_an_unforeseen_error_is_no_sentence():

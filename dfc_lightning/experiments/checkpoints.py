@@ -5,7 +5,12 @@ from __future__ import annotations
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+
+from dfc_lightning.control.checks import ControlError
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -22,6 +27,26 @@ def newest_whole(folder: Path) -> Path | None:
             stacklevel=2,
         )
     return None
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a file that is torn, or another thing than a checkpoint.
+
+    Raises:
+        ControlError: it is; the message names the file and the remedy.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes at random may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ControlError(
+            f"The checkpoint {path} cannot be read, perhaps because it was not written to its end; go on from an "
+            f"earlier one. Reading it gave: {reason}"
+        ) from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ControlError(f"The file {path} is not a checkpoint written by a Trainer: give one that is.")
 
 
 def is_whole(path: Path) -> bool:
