@@ -19,12 +19,19 @@ def leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def is_the_command(argv: list[str]) -> bool:
-    """Whether the process is ``dfc``, or ``python -m dfc_lightning``, whose name is ``-m`` while it is looked for."""
-    return bool(argv) and (argv[0] == "-m" or Path(argv[0]).stem == "dfc")
+def is_the_command(argv: list[str], original: list[str]) -> bool:
+    """Whether the process is ``dfc``, or ``python -m dfc_lightning``.
+
+    Args:
+        argv: ``sys.argv``, which begins with ``-m`` while a module is looked for.
+        original: ``sys.orig_argv``, which tells what module that is.
+    """
+    if argv[:1] == ["-m"]:
+        return "-m" in original and original[original.index("-m") + 1 :][:1] == ["dfc_lightning"]
+    return bool(argv) and Path(argv[0]).name in ("dfc", "dfc.exe")
 
 
-if is_the_command(sys.argv):
+if is_the_command(sys.argv, sys.orig_argv):
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):  # not where it is ignored
             signal.signal(_number, leave)

@@ -225,11 +225,20 @@ def test_a_refused_option_claims_no_version(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "ours"),
-    [(["/usr/bin/dfc"], True), (["-m"], True), (["/usr/bin/pytest"], False), ([""], False), ([], False)],
+    ("argv", "original", "ours"),
+    [
+        (["/usr/bin/dfc", "fit"], ["python", "/usr/bin/dfc", "fit"], True),
+        (["-m", "fit"], ["python", "-X", "dev", "-m", "dfc_lightning", "fit"], True),
+        (["-m"], ["python", "-m", "mine"], False),  # a program that imports the package
+        (["-m"], ["python", "-mdfc_lightning"], False),
+        (["dfc.py"], ["python", "dfc.py"], False),
+        (["/usr/bin/pytest"], ["python", "-m", "dfc_lightning"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
 )
-def test_only_the_command_takes_signals_while_importing(argv, ours):
-    assert is_the_command(argv) == ours
+def test_only_the_command_takes_signals_while_importing(argv, original, ours):
+    assert is_the_command(argv, original) == ours
 
 
 def start(*words):
@@ -261,10 +270,11 @@ def test_a_signal_at_any_moment_leaves_no_traceback(words, number):
     begun = time.perf_counter()
     assert start(*words).wait(timeout=120) == 0
     whole = time.perf_counter() - begun
-    for part in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0):
+    for part in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         process = start(*words)
         time.sleep(part * whole)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
-        assert process.returncode in (0, 128 + number), (part, said)
-        assert "Traceback" not in said and ("stopped by" in said) == (process.returncode != 0), (part, said)
+        # Minus the number: at the interpreter's own end, which takes handlers back. A shell sees the same code.
+        assert process.returncode in (0, 128 + number, -number), (part, said)
+        assert "Traceback" not in said and ("stopped by" in said) == (process.returncode > 0), (part, said)
