@@ -1,5 +1,8 @@
 """Deep Feedback Control and other bio-plausible learning rules for PyTorch Lightning."""
 
+import dfc_lightning.interrupts  # before what takes long to import  # noqa: F401
+
+# isort: split
 from dfc_lightning.errors import ControlError
 from dfc_lightning.feedback_learning import Expected, FeedbackLearner, FeedbackLearning, Sampled
 from dfc_lightning.network import ControlledNetwork

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.commands import COMMANDS
-from dfc_lightning.errors import ControlError
-from dfc_lightning.experiments.composition import BASE, CompositionError, composed
+from dfc_lightning.commands.ending import ending_in_a_sentence
+from dfc_lightning.experiments.checkpoints import require_checkpoint
+from dfc_lightning.experiments.composition import BASE, composed
+from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
 from dfc_lightning.experiments.published import Published
+from dfc_lightning.experiments.reading import CompositionError, check_bounds, parse_settings
+from dfc_lightning.experiments.versions import claim_version
 
 _EXTRA = 'pip install "dfc_lightning[recipes]"'
 
@@ -34,15 +43,21 @@ class RecipeParser(LightningArgumentParser):
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
         """Parse a config, laid over its bases; relative to the working directory, which is the file's meanwhile."""
+        name = str(path) or "the config"
         try:
-            tree = yaml.safe_load(content)
+            tree = parse_settings(content, name)
             if isinstance(tree, dict) and BASE in tree:
-                content = yaml.safe_dump(composed(tree, ".", str(path) or "the config"), sort_keys=False)
-        except yaml.YAMLError:
-            pass  # for the parser to report
+                content = yaml.safe_dump(composed(tree, ".", name), sort_keys=False)
         except CompositionError as error:
             self.error(str(error), error)
         return super().parse_string(content, path, *args, **kwargs)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config's file."""
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"--config={cfg_path}: it is no text ({error.reason}); give a recipe in YAML.", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -59,44 +74,87 @@ class RecipeCLI(LightningCLI):
     Args:
         args: what follows the command's name; None for that of the process.
         callbacks: callbacks beside the config's.
+        exit_on_error: whether a refused option ends the process, or is raised as a :class:`RecipeError`.
     """
 
-    def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = (), exit_on_error: bool = True) -> None:
         self._failure: Exception | None = None
-        super().__init__(
-            pl.LightningModule,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": list(callbacks)},
-            seed_everything_default=0,
-            parser_kwargs={"prog": "dfc", "description": _description()},
-            parser_class=RecipeParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=args,
-            auto_configure_optimizers=False,
-        )
+        self._claimed: list[Path] = []
+        every = {name: {"exit_on_error": exit_on_error} for name in self.subcommands()}
+        with self._ending(), _bounded_reading():
+            super().__init__(
+                pl.LightningModule,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": list(callbacks)},
+                seed_everything_default=0,
+                parser_kwargs={"prog": "dfc", "exit_on_error": exit_on_error, "description": _description()} | every,
+                parser_class=RecipeParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=args,
+                auto_configure_optimizers=False,
+            )
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Say which option is refused and, where a signal stops the run, what to go on from."""
+        try:
+            yield
+        except ArgumentError as error:
+            raise RecipeError(_without_branches(str(error))) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            number = stopping_signal(error)
+            if number is None:
+                raise
+            raise Stopped(number, _last_checkpoint(getattr(self, "trainer", None))) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let a recipe say what it should reach."""
         parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and see that the checkpoint can be opened, which Lightning does next, for its hyperparameters."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            require_checkpoint(Path(path))
+
     def before_instantiate_classes(self) -> None:
-        """See which class it is that refuses its arguments."""
+        """See which class it is that refuses its arguments, and give each run's logger a folder of its own."""
 
         def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:
-                return class_type(*args, **kwargs)
+                return class_type(*args, **self._versioned(class_type, kwargs))
             except Exception as error:
                 self._failure = error
                 raise
 
         self.parser.add_instantiator(build, object)
 
+    def _versioned(self, class_type: type, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A logger's arguments, its version claimed now: left to the logger, two runs begun at once would share it."""
+        if not issubclass(class_type, (CSVLogger, TensorBoardLogger)) or arguments.get("version") is not None:
+            return arguments
+        save_dir = str(arguments.get("save_dir", ""))
+        if self.config[self.subcommand].trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) or "://" in save_dir:
+            return arguments
+        root = Path(save_dir) / (arguments.get("name", "lightning_logs") or "")
+        number = claim_version(root)
+        self._claimed.append(root / f"version_{number}")
+        return {**arguments, "version": number}
+
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; arguments they refuse end the command with code 2."""
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
+        except Exception as error:
+            for folder in self._claimed:
+                folder.rmdir()
+            if isinstance(self._failure, OSError):  # wrapped by the parser as a refused value
+                raise self._failure from error
+            if not isinstance(error, (ValueError, MisconfigurationException)):
+                raise
             cause: BaseException = self._failure or error
             while self._failure is None and cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -138,6 +196,24 @@ class RecipeCLI(LightningCLI):
         print(f"{reached} ({when})" + (f"; published {expected}" if expected and expected.metric in figures else ""))
 
 
+@contextmanager
+def _bounded_reading() -> Iterator[None]:
+    """Hold files that options name, and options themselves, to the bounds of recipes."""
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def bounded(text: str) -> Any:
+        check_bounds(text, "a file or an option")
+        return load(text)
+
+    set_loader("yaml", bounded, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
+
+
 def _without_branches(message: str) -> str:
     """Shorten a report on every branch of nested unions to the option and the reason, where these are plain."""
     options = re.findall(r'Parser key "([^"]+)"', message)
@@ -157,6 +233,14 @@ def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
     return None
 
 
+def _last_checkpoint(trainer: pl.Trainer | None) -> str | None:
+    """The newest of the files that checkpoint callbacks have kept."""
+    kept = [callback for callback in (trainer.checkpoint_callbacks if trainer else ())]
+    paths = [getattr(callback, name, "") for callback in kept for name in ("last_model_path", "best_model_path")]
+    there = [path for path in paths if path and Path(path).is_file()]
+    return max(there, key=lambda path: Path(path).stat().st_mtime, default=None)
+
+
 def _description() -> str:
     others = "; ".join(f"dfc {name}: {purpose}" for name, purpose in COMMANDS.items())
     return "Train by Deep Feedback Control and other learning rules." + (f" Also: {others}." if others else "")
@@ -168,21 +252,12 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: what follows the command's name, as a list of words; None for that of the process.
     """
-    if not RequirementCache("jsonargparse[signatures]>=4.28"):
-        sys.exit(f"error: the dfc command needs jsonargparse, which is not installed: {_EXTRA}")
-    words = sys.argv[1:] if args is None else args
-    try:
-        if isinstance(words, list) and words and words[0] in COMMANDS:
+    words = list(sys.argv[1:] if args is None else args) if not isinstance(args, dict) else []
+    ours = bool(words) and words[0] in COMMANDS
+    with ending_in_a_sentence(words, resumes_itself=ours):
+        if not RequirementCache("jsonargparse[signatures]>=4.28"):
+            sys.exit(f"error: the dfc command needs jsonargparse, which is not installed: {_EXTRA}")
+        if ours:
             import_module(f"dfc_lightning.commands.{words[0]}").main(words[1:])
         else:
             RecipeCLI(args)
-    except (ControlError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")
-    except FileNotFoundError as error:
-        if error.errno is not None:  # the system's, with no word on what to do
-            raise
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        sys.exit(f"error: {error}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfc_lightning.experiments.campaign import carry_out, positive
+from dfc_lightning.experiments.campaign import carry_out, positive, told_failures
 from dfc_lightning.experiments.comparison import Entry, markdown, write
 from dfc_lightning.experiments.finished import METRICS, FinishedRun
 from dfc_lightning.experiments.ledger import Ledger
@@ -49,8 +49,9 @@ def main(args: Sequence[str]) -> None:
     ledger = Ledger(given.results)
     outcome = carry_out(planned, given.runs, ledger)
     if outcome.failed or outcome.claimed:
-        others = [f"{run}: another process is at it" for run in outcome.claimed]
-        sys.exit("error: not compared: " + "; ".join([*others, *(f"{run}: {e}" for run, e in outcome.failed)]))
+        reasons = [f"{run}: another process is at it" for run in outcome.claimed]
+        reasons += [told_failures(outcome.failed)] if outcome.failed else []
+        sys.exit("error: not compared: " + "; ".join(reasons))
     entries = [
         _trained(source, ledger, given.seeds, given.epochs) if isinstance(source, Recipe) else _finished(source)
         for source in sources

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.experiments.errors import sentence
 from dfc_lightning.plots import dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
+from dfc_lightning.plots.runs import RunError
 
 OF_RUNS = {"dashboard": dashboard, "figure_3": figure_3}
 OF_EXAMPLES = {
@@ -52,8 +54,8 @@ def main(args: Sequence[str]) -> None:
             if not given.runs:
                 parser.error(f"RUN is missing: {given.figure} needs the folder of a run, e.g. runs/digits/dfc")
             figure = OF_RUNS[given.figure]([read_run(run) for run in given.runs])
-    except (ControlError, FileNotFoundError) as error:
-        parser.error(str(error))
+    except (ControlError, FileNotFoundError, RunError) as error:
+        parser.error(sentence(error) or str(error))
     formats = figure.canvas.get_supported_filetypes()
     if output.suffix.removeprefix(".") not in formats:
         parser.error(f"--output={output}: no known format; end it with one of .{', .'.join(sorted(formats))}")

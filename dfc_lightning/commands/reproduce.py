@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfc_lightning.experiments.campaign import carry_out, positive
+from dfc_lightning.experiments.campaign import carry_out, positive, told_failures
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.runner import plan
@@ -57,18 +57,31 @@ def main(args: Sequence[str]) -> None:
     arguments = parser()
     given = arguments.parse_args(args)
     try:
-        recipes = _chosen(given)
+        paths = _chosen(given)
     except ValueError as error:
         arguments.error(str(error))
+    recipes, refused = _loaded(paths, given.set)
     outcome = carry_out(plan(recipes, given.seeds, given.epochs, given.set), given.runs, Ledger(given.results))
     print(f"{len(outcome.results)} runs finished, noted in {given.results / 'table.jsonl'}")
     if outcome.claimed:
         print(f"{len(outcome.claimed)} runs are another process's: {', '.join(map(str, outcome.claimed))}")
-    if outcome.failed:
-        sys.exit("error: failed: " + "; ".join(f"{run}: {error}" for run, error in outcome.failed))
+    if refused or outcome.failed:
+        sys.exit(f"error: failed: {told_failures([*refused, *outcome.failed])}")
 
 
-def _chosen(given: argparse.Namespace) -> list[Recipe]:
+def _loaded(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Recipe], list[tuple[Path, Exception]]]:
+    """The recipes, and those that cannot be had, which keep no other from running."""
+    recipes: list[Recipe] = []
+    refused: list[tuple[Path, Exception]] = []
+    for path in paths:
+        try:
+            recipes.append(Recipe.load(path, overrides))
+        except (ValueError, OSError) as error:
+            refused.append((path, error))
+    return recipes, refused
+
+
+def _chosen(given: argparse.Namespace) -> list[Path]:
     for override in given.set:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"--set {override}: give KEY=VALUE, e.g. trainer.limit_train_batches=20")
@@ -88,4 +101,4 @@ def _chosen(given: argparse.Namespace) -> list[Recipe]:
         raise ValueError(
             f"--column {' '.join(columns)} --rule {' '.join(rules)}: there is no such recipe; choose others"
         )
-    return [Recipe.load(path, given.set) for path in paths]
+    return paths

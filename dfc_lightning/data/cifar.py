@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfc_lightning.data.checks import DataError, require_finite
 from dfc_lightning.data.images import Images
 from dfc_lightning.data.tensors import TensorPairs
 
@@ -38,6 +39,7 @@ class CIFAR10(Images):
 
     dataset, place = "CIFAR10", "cifar-10-batches-py"
     files = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
+    image_shape = (3, 32, 32)
     training_images = 50_000
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -108,6 +110,12 @@ def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
         with open(path, "rb") as file:
             content = _Arrays(file, encoding="latin1").load()
         images, labels = torch.as_tensor(content["data"]), torch.as_tensor(content["labels"])
-        return images.view(len(labels), 3, 32, 32), labels
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: not a batch of CIFAR-10 ({error}). Replace it.") from error
+        require_finite(images, f"{path} is damaged: its pixels")
+        if images.dtype != torch.uint8:
+            raise ValueError(f"its pixels are {images.dtype}, not bytes")
+        images = images.view(len(labels), 3, 32, 32)
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{path} is damaged: not a batch of CIFAR-10 ({error}). Replace it.") from error
+    return images, labels

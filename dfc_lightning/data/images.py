@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dfc_lightning.data.checks import DataError
 from dfc_lightning.data.tensors import TensorDataModule, TensorPairs, random_split_indices
 
 
@@ -35,6 +37,8 @@ class Images(TensorDataModule):
     """Where the files lie below the root."""
     files: ClassVar[dict[str, Sequence[str]]]
     """Names of the files of the splits ``train`` and ``test``."""
+    image_shape: ClassVar[tuple[int, int, int]]
+    """(C, H, W)."""
     training_images: ClassVar[int]
     mean: ClassVar[float | tuple[float, ...]]
     """Of the pixels, scaled to [0, 1]; of each channel, where there are several."""
@@ -110,10 +114,31 @@ class Images(TensorDataModule):
         missing = self._missing(split)
         if missing:
             raise self._not_found(missing, "nothing was downloaded, since prepare_data() has not run")
-        return self._read([self._path(name) for name in self.files[split]])
+        paths = [self._path(name) for name in self.files[split]]
+        images, labels = self._read(paths)
+        self._check(images, labels, split, ", ".join(map(str, paths)))
+        return images, labels.long()
+
+    def _check(self, images: Tensor, labels: Tensor, split: str, files: str) -> None:
+        """Refuse whole files of another thing, on which training would fail, or not fail."""
+        if images.shape[1:] != self.image_shape or labels.ndim != 1:
+            shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+            raise DataError(
+                f"{files}: images and labels have shapes {shapes}, not (N, {', '.join(map(str, self.image_shape))}) "
+                f"and (N,), so these are not {self.dataset}'s. Replace them."
+            )
+        if len(images) != len(labels):
+            raise DataError(f"{files}: {len(images)} images, but {len(labels)} labels. Replace them.")
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() > 9:
+            raise DataError(f"{files}: the labels are not whole numbers from 0 to 9. Replace them.")
+        if split == "train" and len(images) <= self.validation_size:
+            raise DataError(
+                f"{files}: {len(images)} images leave none for training after validation_size={self.validation_size}. "
+                "Replace the files, or lower --data.init_args.validation_size."
+            )
 
     def _read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
-        """Bytes (N, C, H, W) and labels (N,), int64, from the files of a split."""
+        """Bytes (N, C, H, W) and labels (N,) from the files of a split."""
         raise NotImplementedError
 
     def _path(self, name: str) -> Path:
@@ -137,11 +162,12 @@ class _IdxImages(Images):
         "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
         "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
     }
+    image_shape = (1, 28, 28)
     training_images = 60_000
 
     def _read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
         images, labels = (_read_idx(path) for path in paths)
-        return images.unsqueeze(1), labels.long()
+        return images.unsqueeze(1), labels
 
     def _path(self, name: str) -> Path:
         plain = self.raw / name
@@ -222,11 +248,14 @@ class FashionMNIST(_IdxImages):
 
 def _read_idx(path: Path) -> Tensor:
     """Read an IDX file of bytes: 0, 0, 8, rank, then each size as a big-endian int32, then the values."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        content = bytearray(file.read())
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = bytearray(file.read())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: it cannot be unpacked ({error}). Replace it.") from error
     rank = content[3] if content[:3] == b"\x00\x00\x08" else 0
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     start = 4 + 4 * rank
-    if rank == 0 or len(content) != start + math.prod(shape):
-        raise ValueError(f"{path} is damaged: not a complete IDX file of unsigned bytes. Replace it.")
+    if rank == 0 or math.prod(shape) == 0 or len(content) != start + math.prod(shape):
+        raise DataError(f"{path} is damaged: not a complete IDX file of unsigned bytes. Replace it.")
     return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dfc_lightning.data.checks import require_finite
+
 
 class TensorPairs(Dataset):
     """Inputs and targets held in memory, indexed one sample or one whole batch at a time.
@@ -17,6 +19,9 @@ class TensorPairs(Dataset):
     Args:
         inputs: Shape (N, ...).
         targets: Shape (N, ...).
+
+    Raises:
+        DataError: inputs or targets hold NaN or infinity.
 
     Example:
         >>> pairs = TensorPairs(torch.zeros(10, 3), torch.arange(10))
@@ -28,6 +33,8 @@ class TensorPairs(Dataset):
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"inputs and targets differ in length: {len(inputs)} and {len(targets)}.")
+        require_finite(inputs, "inputs")
+        require_finite(targets, "targets")
         self.inputs = inputs
         self.targets = targets
 

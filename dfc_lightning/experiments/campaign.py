@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from dfc_lightning.experiments.errors import sentence, stopping_signal
 from dfc_lightning.experiments.ledger import Ledger, Result
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.runner import Claimed, Run, perform
@@ -31,10 +33,16 @@ class Outcome:
 
 
 def carry_out(planned: Sequence[Run], runs: Path, ledger: Ledger) -> Outcome:
-    """Run what is missing; an error ends its run only."""
+    """Run what is missing; an error ends its run only.
+
+    Raises:
+        LedgerError: results cannot be read or noted.
+    """
     outcome = Outcome()
     done = {run: result for run in planned if (result := run.done(ledger)) is not None}
     missing = [run for run in planned if run not in done]
+    if missing:
+        ledger.check_writable()
     outcome.results.extend(done.values())
     total = sum(run.epochs for run in missing)
     with tqdm(total=total, unit="epoch", dynamic_ncols=True, disable=not missing, smoothing=0.05) as bar:
@@ -56,14 +64,23 @@ def carry_out(planned: Sequence[Run], runs: Path, ledger: Ledger) -> Outcome:
                 outcome.claimed.append(run)
                 bar.total -= run.epochs
                 continue
+            except SystemExit as stop:
+                if stopping_signal(stop) is not None:
+                    raise
+                outcome.failed.append((run, RuntimeError(f"it left the process with exit code {stop.code}")))
             except Exception as error:
                 outcome.failed.append((run, error))
-                bar.write(f"{run}: failed\n{traceback.format_exc()}")
+                bar.write(f"{run}: failed: {sentence(error) or traceback.format_exc()}", file=sys.stderr)
             else:
                 outcome.results.append(result)
                 bar.write(_told(run, result))
             bar.n = seen + run.epochs
     return outcome
+
+
+def told_failures(failed: Sequence[tuple[Run | Path, Exception]]) -> str:
+    """Each run or recipe that failed, and why."""
+    return "; ".join(f"{what}: {sentence(error) or error or type(error).__name__}" for what, error in failed)
 
 
 def positive(text: str) -> int:

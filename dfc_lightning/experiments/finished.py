@@ -6,11 +6,10 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from dfc_lightning.experiments.composition import compose
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.published import Published
-from dfc_lightning.experiments.recipe import monitored
+from dfc_lightning.experiments.recipe import monitored, published
 
 METRICS = "metrics.csv"
 
@@ -41,16 +40,21 @@ class FinishedRun:
             ValueError: its figures do not tell how it did.
         """
         by_epoch: dict[str, dict[int, float]] = {}
-        with (folder / METRICS).open() as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name.startswith(("train/", "val/", "test/")):
-                        by_epoch.setdefault(name, {})[int(row["epoch"])] = float(value)
+        try:
+            with (folder / METRICS).open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    for name, value in row.items():
+                        if value and name.startswith(("train/", "val/", "test/")):
+                            by_epoch.setdefault(name, {})[int(row["epoch"])] = float(value)
+        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+            raise ValueError(
+                f"{folder / METRICS} is damaged: not what a CSVLogger writes ({error}). Run again, or leave it out."
+            ) from error
         history = {name: [values[epoch] for epoch in sorted(values)] for name, values in by_epoch.items()}
         config = folder / "config.yaml"
-        tree = yaml.safe_load(config.read_text()) if config.exists() else {}
-        expected = Published(**tree["expected"]) if tree.get("expected") else None
-        metric = expected.metric if expected else monitored(tree.get("trainer", {}))
+        tree = compose(config) if config.exists() else {}
+        expected, trainer = published(tree, str(config)), tree.get("trainer")
+        metric = expected.metric if expected else monitored(trainer if isinstance(trainer, dict) else {})
         metric = metric or next((name for name in ("test/error", "test/loss") if name in history), "test/error")
         if metric not in history:
             raise ValueError(f"{folder} has no {metric} in {METRICS}: it has not ended; let it end, or leave it out.")

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dfc_lightning.experiments.composition import compose
 from dfc_lightning.experiments.published import Published
+from dfc_lightning.experiments.reading import CompositionError
 
 _BESIDE_LEARNING = ("logger", "callbacks", "max_epochs", "log_every_n_steps", "accelerator", "devices")
 
@@ -38,13 +39,14 @@ class Recipe:
         """The recipe in a file, with options of the command line (``KEY=VALUE``) laid over it.
 
         Raises:
-            CompositionError: its bases cannot be had.
+            CompositionError: it cannot be read, or its bases cannot be had.
             ValueError: it says neither what it should reach nor what to choose the best epoch by.
         """
         path = Path(path)
         tree = compose(path)
-        trainer = tree.get("trainer", {})
-        expected = Published(**tree["expected"]) if tree.get("expected") else None
+        trainer, expected = tree.get("trainer") or {}, published(tree, str(path))
+        if not isinstance(trainer, Mapping):
+            raise CompositionError(f"trainer={trainer!r} in {path}: give a mapping of its arguments.")
         metric = expected.metric if expected else monitored(trainer)
         if metric is None or not isinstance(trainer.get("max_epochs"), int):
             raise ValueError(
@@ -54,7 +56,11 @@ class Recipe:
         learning = {key: value for key, value in tree.items() if key not in ("trainer", "expected")}
         learning["trainer"] = {key: value for key, value in trainer.items() if key not in _BESIDE_LEARNING}
         learning["overrides"] = sorted(overrides)
-        fingerprint = hashlib.sha256(json.dumps(learning, sort_keys=True).encode()).hexdigest()[:12]
+        try:
+            told = json.dumps(learning, sort_keys=True)
+        except TypeError as error:  # keys of several types, dates
+            raise CompositionError(f"{path} holds what no option can be: {error}. Put it in quotes.") from error
+        fingerprint = hashlib.sha256(told.encode()).hexdigest()[:12]
         name = f"{path.resolve().parent.name}/{path.stem}"
         return cls(name, path, trainer["max_epochs"], metric, expected, fingerprint)
 
@@ -65,10 +71,32 @@ def find_recipes(root: str | Path) -> list[Path]:
     return [Path(root) / path for path in sorted(paths) if not any(part.startswith("_") for part in path.parts)]
 
 
-def monitored(trainer: dict[str, Any]) -> str | None:
+def monitored(trainer: Mapping[str, Any]) -> str | None:
     """The test figure that goes with the first validation metric that a callback monitors."""
-    for callback in trainer.get("callbacks") or []:
-        monitor = callback.get("init_args", {}).get("monitor", "")
-        if monitor.startswith("val/"):
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        arguments = callback.get("init_args") if isinstance(callback, Mapping) else None
+        monitor = arguments.get("monitor") if isinstance(arguments, Mapping) else None
+        if isinstance(monitor, str) and monitor.startswith("val/"):
             return monitor.replace("val/", "test/", 1)
     return None
+
+
+def published(tree: Mapping[str, Any], name: str) -> Published | None:
+    """What the recipe says it should reach.
+
+    Raises:
+        CompositionError: it is not what :class:`Published` takes.
+    """
+    expected = tree.get("expected")
+    if not expected:
+        return None
+    kinds = {"metric": str, "mean": (int, float), "std": (int, float), "seeds": int, "source": str}
+    if not isinstance(expected, Mapping) or expected.keys() != kinds.keys():
+        raise CompositionError(f"expected={expected!r} in {name}: give metric, mean, std, seeds and source.")
+    for key, kind in kinds.items():
+        if not isinstance(expected[key], kind):  # type: ignore[arg-type]
+            raise CompositionError(
+                f"expected.{key}={expected[key]!r} in {name}: give a {'text' if kind is str else 'number'}."
+            )
+    return Published(**expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import signal
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,10 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 
 import dfc_lightning
+from dfc_lightning.experiments.checkpoints import newest_whole
+from dfc_lightning.experiments.errors import Stopped
 from dfc_lightning.experiments.history import EpochOrder, History
-from dfc_lightning.experiments.ledger import Ledger, Result
+from dfc_lightning.experiments.ledger import Ledger, LedgerError, Result
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.recipe import Recipe
 
@@ -67,6 +70,8 @@ def perform(run: Run, runs: Path, ledger: Ledger, on_epoch: Callable[[int, dict[
 
     Raises:
         Claimed: another process is at it.
+        LedgerError: it is finished, but could not be noted.
+        Stopped: a signal asked for it.
     """
     folder = run.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,21 +79,34 @@ def perform(run: Run, runs: Path, ledger: Ledger, on_epoch: Callable[[int, dict[
         with FileLock(folder / "lock", timeout=0):  # the system lets go of it when a process is killed
             found = run.done(ledger)
             if found is None:
-                found = _train(run, folder, on_epoch)
-                ledger.append(found)
+                result, stopped = _train(run, folder, on_epoch)
+                found = _noted(result, folder, ledger)
+                if stopped:
+                    raise Stopped(signal.SIGTERM, None)
             return found
     except Timeout as error:
         raise Claimed(str(run)) from error
 
 
-def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], None]) -> Result:
+def _noted(result: Result, folder: Path, ledger: Ledger) -> Result:
+    try:
+        return ledger.append(result)
+    except LedgerError as error:
+        raise LedgerError(
+            f"the run is finished, but {error}. Nothing is lost: its figures and checkpoints are in {folder}. Give the "
+            "same command again when that is mended; it notes the run without training it again."
+        ) from error
+
+
+def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], None]) -> tuple[Result, bool]:
+    """The result, and whether the process was asked to end too late to stop the run."""
     from dfc_lightning.cli import RecipeCLI  # which imports the commands, and so this module
 
     class Fit(RecipeCLI):
         def after_fit(self) -> None:
             """Every epoch has been tested already."""
 
-    history, last = History(folder), folder / "checkpoints" / "last.ckpt"
+    history, last = History(folder), newest_whole(folder / "checkpoints")
     options = [
         f"--config={run.recipe.path}",
         *(f"--{override}" for override in run.overrides),
@@ -100,15 +118,16 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]
-    if last.exists():
+    if last is not None:
         options.append(f"--ckpt_path={last}")
     with _quiet():
-        fit = Fit(["fit", *options], callbacks=[EpochOrder(run.seed), history, _Progress(history, on_epoch)])
+        callbacks = [EpochOrder(run.seed), history, _Progress(history, on_epoch)]
+        fit = Fit(["fit", *options], callbacks, exit_on_error=False)
     series = history.series()
     seconds = series.pop("seconds")
     value, epoch = reported(series, run.recipe.metric)
     device = fit.trainer.strategy.root_device
-    return Result(
+    result = Result(
         recipe=run.recipe.name,
         fingerprint=run.recipe.fingerprint,
         overrides=list(run.overrides),
@@ -130,6 +149,7 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
             "dfc_lightning": dfc_lightning.__version__,
         },
     )
+    return result, fit.trainer.received_sigterm
 
 
 class _Progress(Callback):

@@ -282,10 +282,13 @@ class ControlledNetwork:
             with torch.no_grad(), torch.autocast(forward.output.device.type, enabled=False):
                 values = self._made(kind, forward)
             before = self._before if type(kind) is type(self.kind) else {}
-            self.kind, self.feedback = kind, [
-                had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
-                for p, q in zip(self.points, values)
-            ]
+            self.kind, self.feedback = (
+                kind,
+                [
+                    had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
+                    for p, q in zip(self.points, values)
+                ],
+            )
             self._before = {}
         for q in self.feedback:  # the module may have moved since
             if q.device != forward.output.device or q.dtype != self.dtype:

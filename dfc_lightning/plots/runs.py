@@ -11,6 +11,10 @@ from typing import NamedTuple
 METRICS = "metrics.csv"
 
 
+class RunError(ValueError):
+    """A run that cannot be read; the message names the file."""
+
+
 class Series(NamedTuple):
     """One logged quantity: its steps and its values there, of equal length."""
 
@@ -64,24 +68,35 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        RunError: it cannot be read.
     """
     folder = find_run(Path(path))
     series: dict[str, Series] = {}
     epoch_length = 0.0
-    with open(folder / METRICS, newline="") as file:
-        for row in csv.DictReader(file):
-            logged = {name: float(value) for name, value in row.items() if value}
-            step, epoch = logged.pop("step"), logged.pop("epoch", None)
-            step = logged.pop("feedback/step", step)
-            if epoch is not None:
-                step += 1  # Lightning counts it from zero
-                epoch_length = max(epoch_length, step / (epoch + 1))  # less than it before an epoch's last step
-            for name, value in logged.items():
-                steps, values = series.setdefault(name, Series([], []))
-                steps.append(step)
-                values.append(value)
+    for row in _rows(folder / METRICS):
+        logged = dict(row)
+        step, epoch = logged.pop("step"), logged.pop("epoch", None)
+        step = logged.pop("feedback/step", step)
+        if epoch is not None:
+            step += 1  # Lightning counts it from zero
+            epoch_length = max(epoch_length, step / (epoch + 1))  # less than it before an epoch's last step
+        for name, value in logged.items():
+            steps, values = series.setdefault(name, Series([], []))
+            steps.append(step)
+            values.append(value)
     name = folder.resolve().parent.name if _number(folder) >= 0 else folder.resolve().name
     return Run(name, series, epoch_length or None)
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        if not all("step" in row for row in rows):
+            raise ValueError("a row has no step")
+    except (ValueError, TypeError, csv.Error) as error:
+        raise RunError(f"{path} is damaged: not what a CSVLogger writes ({error}). Give another run.") from error
+    return rows
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

@@ -41,6 +41,7 @@ def test_a_benchmark_prints_its_table_and_writes_its_figures(benchmark, tmp_path
     assert {"cpu", "torch", "date"} <= set(json.loads((tmp_path / f"{name}.json").read_text())["machine"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_convolutional_networks_likewise(benchmark, tmp_path, capsys):
     sizes = ["--batch=4", "--train-steps=1", "--repeats=1", "--threads=1"]
     benchmark("convolutional").main([*sizes, f"--out={tmp_path}"])

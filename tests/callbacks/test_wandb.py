@@ -30,9 +30,12 @@ from dfc_lightning.callbacks import WandbTracking, wandb_tracking
 from dfc_lightning.cli import main
 from dfc_lightning.settling import Linearized
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
+    ),
+]
 FIT = ["fit", f"--config={RECIPES}/digits/dfc.yaml", f"--config={RECIPES}/trackers/wandb.yaml"]
 OPTIONS = ["accelerator=cpu", "enable_progress_bar=false", "enable_model_summary=false", "num_sanity_val_steps=0"]
 FIT += [f"--trainer.{option}" for option in OPTIONS]

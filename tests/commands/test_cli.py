@@ -74,6 +74,7 @@ def test_fast_dev_run_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_and_a_checkpoint_can_be_tested(tmp_path, capsys):
     def run(version, *options):
         fit(*SHORT, f"--trainer.logger.init_args.version={version}", *options)
@@ -274,6 +275,7 @@ def test_without_jsonargparse_the_command_says_what_to_install(monkeypatch):
         cli.main(["fit"])
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "dfc_lightning", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})

@@ -23,6 +23,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dfc"])
 
 
+@pytest.mark.slow
 def test_recipes_and_a_finished_run_stand_in_one_table(tmp_path, capsys):
     mine = (
         f"base: {RECIPES}/digits/bp.yaml\nexpected: {{metric: test/error, mean: 4, std: 1, seeds: 3, source: Here}}\n"

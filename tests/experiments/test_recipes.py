@@ -72,6 +72,12 @@ PUBLISHED = {
 }
 
 
+def some_slow(names):
+    """The same, those beside digits and the first column marked as slow: a recipe takes most of a second to build."""
+    quick = ("digits/", "mnist/")
+    return [name if f"{name}/".startswith(quick) else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def near(value, digits=3):
     """The value as a table with so many digits has it."""
     return pytest.approx(value, rel=0.6 * 10 ** (1 - digits))
@@ -105,7 +111,7 @@ def test_every_recipe_is_there():
     assert set(ALL) <= found and len(TABLE) == 32
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some_slow(ALL))
 def test_every_recipe_says_what_it_should_reach(built, name):
     opening = (RECIPES / f"{name}.yaml").read_text().split("\n\n")[0].replace("\n#", "")
     if name.startswith("digits"):
@@ -119,7 +125,7 @@ def test_every_recipe_says_what_it_should_reach(built, name):
     assert (expected.mean, expected.std) == pytest.approx(PUBLISHED[rule][list(COLUMNS).index(column)])
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some_slow(ALL))
 def test_every_recipe_builds_its_net_its_rule_and_its_data(built, name):
     cli, (task, rule) = built(name), name.split("/")
     autoencoder = task == "mnist_autoencoder"
@@ -159,7 +165,7 @@ def test_every_recipe_builds_its_net_its_rule_and_its_data(built, name):
         assert strategy.learning.initial_passes == (0 if fixed else FEEDBACK[task][0])
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", some_slow(TABLE))
 def test_learning_rate_target_and_leakage_are_the_published_ones_in_our_units(built, name):
     cli, (column, rule) = built(name), name.split("/")
     settings = rule if rule in ("bp", "dfa") else "dfc_fixed" if rule.endswith("_fixed") else "dfc"
@@ -174,6 +180,7 @@ def test_learning_rate_target_and_leakage_are_the_published_ones_in_our_units(bu
         assert made.controller.k_p == (0.0 if "ssa" in rule else 2.0)
 
 
+@pytest.mark.slow
 def test_epsilon_is_scaled_like_the_gradients(built):
     def eps(name):
         return built(name).model.configure_optimizers().param_groups[0]["eps"]
@@ -186,7 +193,7 @@ def test_epsilon_is_scaled_like_the_gradients(built):
     assert eps("fashion_mnist/dfc_ss_fixed") == near(1.4648e-10 * 128 / (2 * 0.1))
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", some_slow(COLUMNS))
 @pytest.mark.parametrize("rule", ["dfc", "dfc_ss", "dfc_ssa"])
 def test_feedback_learning_is_the_published_one(built, column, rule):
     strategy = built(f"{column}/{rule}").trainer.strategy
@@ -200,14 +207,14 @@ def test_feedback_learning_is_the_published_one(built, column, rule):
     assert method.sigma_output == (0.0 if column == "mnist_autoencoder" else None)
 
 
-@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("name", some_slow(TIMES))
 def test_simulated_time_is_the_published_one(built, name):
     settling, (time, proactive) = built(name).trainer.strategy.rule.settling, TIMES[name]
     assert settling.steps * settling.dt == pytest.approx(time, rel=0.005) and settling.tau_ratio == 0.2
     assert settling.proactive == proactive and settling.apical_tau is None
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if "dfc" in name and "ssa" not in name])
+@pytest.mark.parametrize("name", some_slow([name for name in TABLE if "dfc" in name and "ssa" not in name]))
 def test_samples_that_do_not_settle_teach_where_the_authors_let_them(built, name):
     column, rule = name.split("/")
     keep = column == "mnist_train_loss" or name in (
@@ -221,6 +228,7 @@ def test_samples_that_do_not_settle_teach_where_the_authors_let_them(built, name
 BEST = "mnist_autoencoder/dfc_best"
 
 
+@pytest.mark.slow
 def test_the_best_autoencoder_keeps_to_the_protocol_and_learns_its_feedback(built):
     cli, table = built(BEST), built("mnist_autoencoder/dfc_ss")
     assert cli.config_init.fit.expected is None

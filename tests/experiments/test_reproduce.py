@@ -82,6 +82,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(capsys):
     assert "1 runs are another process's: digits/bp seed 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one_and_holds_it():
     options = ["--rule", "dfc", "--seeds", "1"]
     (short,) = reproduce(*options, "--epochs", "2")
@@ -93,6 +94,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_holds_it():
     assert long.after(2).value == short.value
 
 
+@pytest.mark.slow
 def test_what_is_noted_of_a_run_is_what_its_checkpoint_shows(capsys):
     (result,) = reproduce("--rule", "dfc", "--seeds", "1", "--epochs", "3")
     (best,) = Path("runs").rglob("epoch=*.ckpt")
@@ -106,6 +108,7 @@ def test_what_is_noted_of_a_run_is_what_its_checkpoint_shows(capsys):
     assert str(Path.cwd()) not in Path("results/table.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_testing_every_epoch_leaves_training_as_it_is(monkeypatch):
     (tested,) = reproduce("--rule", "dfc", "--seeds", "1", "--epochs", "3")
     monkeypatch.setattr("dfc_lightning.experiments.history.test_figures", lambda trainer, module: {"test/error": 0.0})

@@ -90,6 +90,7 @@ def test_a_draw_of_small_layers_is_the_simulation_of_its_noise(strength: float, 
     assert (torch.cat(ours) - theirs).norm() < 1e-6 * theirs.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["paper", "quiet output", "instant system", "delayed transmission", "long"])
 @pytest.mark.parametrize("net", ["tanh", "relu", "tanh_ce", "one_output"])
 def test_draws_have_the_law_of_the_simulation(net: str, settings: str) -> None:
@@ -215,6 +216,7 @@ def test_a_wide_output_without_noise_is_simulated_in_the_range_of_its_weights(ne
         assert (mine - theirs).norm() < 1e-10 * theirs.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Expected(steps=20), Sampled(steps=20)], ids=["expected", "sampled"])
 def test_theorem_6_holds_in_training_passes(method: Sampled) -> None:
     """Feedback weights that start at random come to satisfy Condition 2 on a linear network."""

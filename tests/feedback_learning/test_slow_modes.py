@@ -90,6 +90,7 @@ def test_few_functions_of_time_serve_the_autoencoder() -> None:
         assert torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["autoencoder", "noisy output"])
 def test_a_feedback_step_draws_from_the_law_of_the_simulation(settings: str) -> None:
     """Mean and variance of each entry, over draws and over simulations."""
@@ -113,6 +114,7 @@ def test_a_feedback_step_draws_from_the_law_of_the_simulation(settings: str) -> 
     assert spread.square().mean().sqrt() < 1.5
 
 
+@pytest.mark.slow
 def test_the_mean_of_draws_is_the_expected_gradient() -> None:
     case = wide(batch=2)
     arguments = {**AUTOENCODER, "sigma": 1e-6}

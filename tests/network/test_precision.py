@@ -64,6 +64,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_control_is_in_float32_or_better_and_dfc_learns(precision):
     stored, computed = PRECISIONS[precision]

@@ -119,6 +119,7 @@ def test_small_differences_keep_their_digits_in_float32(kind: str, change: float
         assert plain[middle].max() > 20 * error[middle].max()  # what subtracting two float32 rates would give
 
 
+@pytest.mark.slow
 @networks
 @pytest.mark.parametrize("settling", [Linearized(), SteadyState(), Euler(steps=300)], ids=["SSA", "SS", "euler"])
 @pytest.mark.parametrize("plasticity", ["rate_difference", "voltage_difference", "derivative"])

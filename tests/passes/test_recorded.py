@@ -210,6 +210,7 @@ def test_a_chain_as_a_graph_learns_the_same(name, rule):
     assert close(updates[1], updates[0], 1e-10)
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize("instant", [True, False])
 def test_simulated_long_enough_it_comes_to_the_steady_state(name, instant):
@@ -366,6 +367,7 @@ def test_feedback_learning_of_a_chain_as_a_graph_is_the_same(method, how):
     assert close(found[1], found[0], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "conv head"])
 @pytest.mark.parametrize("feedback", ["dense", "channel"])
 def test_expected_feedback_learning_is_the_mean_of_the_simulated(name, feedback):

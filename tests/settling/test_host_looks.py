@@ -76,6 +76,7 @@ def test_no_step_of_the_dynamics_looks(instant: bool, apical_tau: float | None) 
     assert looks(LARGE, steps) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [SMALL, LARGE], ids=["small", "large"])
 def test_a_simulation_looks_once_a_block_of_steps(net: tuple) -> None:
     def settle(forward: DensePass, offset: Tensor) -> None:

@@ -46,6 +46,7 @@ def newton(case: Case, offset: Tensor, leakage: float, steps: int) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.slow
 @networks
 @pytest.mark.parametrize("controller", CONTROLLERS, ids=lambda pi: f"{pi.leak}-{pi.k_p}")
 def test_the_steady_state_is_where_the_dynamics_come_to_rest(name: str, controller: PIController) -> None:

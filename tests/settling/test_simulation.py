@@ -148,6 +148,7 @@ def test_the_integrated_update_is_that_of_a_plain_simulation(setting: str, plast
 # Stopping early
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plasticity", ["rate_difference", "derivative"])
 @pytest.mark.parametrize("net", ["linear", "tanh", "tanh_ce", "leaky_relu", "sigmoid", "one_layer"])
 def test_an_early_stop_saves_steps_and_costs_what_it_says(net: str, plasticity: Any) -> None:

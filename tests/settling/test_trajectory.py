@@ -91,6 +91,7 @@ def test_so_it_is_for_every_discretisation_and_plasticity(step: str, plasticity:
     assert first_order(found, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("step", [{}, STEPS["delayed transmission"], STEPS["apical filter"]], ids=str)
 @pytest.mark.parametrize("controller", gentle, ids=lambda pi: f"{pi.leak}-{pi.k_p}")
@@ -175,6 +176,7 @@ def explosive(diverging: list[int]) -> Case:
     return replace(case, y=case.output() - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diverging", [[], [0], [1, 3], [0, 1, 2, 3, 4]], ids=str)
 @pytest.mark.parametrize("plasticity", ["rate_difference", "voltage_difference", "derivative"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -220,6 +220,7 @@ def test_proposition_4_any_feedback_gives_a_descent_direction(name: str, feedbac
         assert astray  # direct feedback alignment has no such guarantee
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "tanh"])
 def test_proposition_5_condition_3_tells_which_networks_settle(name: str) -> None:
     dt, margin, alpha = 0.04, 0.3, 0.2
@@ -247,6 +248,7 @@ def condition_2_ratio(feedback: Tensor, jacobian: Tensor) -> float:
     return float((basis.T @ feedback).norm() / feedback.norm())
 
 
+@pytest.mark.slow
 def test_theorem_6_feedback_learning_turns_random_feedback_into_a_damped_pseudoinverse() -> None:
     case = make("linear", "unruly", batch=200)
     jacobian = case.jacobian[0]  # the same for every sample

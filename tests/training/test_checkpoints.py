@@ -103,6 +103,7 @@ def test_from_one_process_to_two_and_back(tmp_path):
             assert max(apart.values()) < 1e-10, max(apart, key=apart.get)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("call", [3, 3 * PASS + 2, 4 * PASS + 3])
 def test_resumed_exactly_in_other_precisions(precision, call, tmp_path):
@@ -113,6 +114,7 @@ def test_resumed_exactly_in_other_precisions(precision, call, tmp_path):
 # Shuffled data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("call", [3, 2 * PASS + 3, 3 * PASS + 2, 4 * PASS + 3])
 def test_an_order_that_depends_on_the_epoch_is_resumed_exactly(call, workers, tmp_path):
@@ -236,7 +238,7 @@ def holdings(s: Any) -> Any:
     return [s.network.state_dict(), s.network.seed, s.learner.state_dict()]
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["first fit", "later fit"])
+@pytest.mark.parametrize("used", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first fit", "later fit"])
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_checkpoint_is_named_and_touches_nothing(name, used, good, tmp_path):
     write, message = BAD[name]

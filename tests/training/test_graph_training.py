@@ -212,7 +212,9 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    "where", [name if name == "in the first epoch" else pytest.param(name, marks=pytest.mark.slow) for name in WHERE]
+)
 @pytest.mark.parametrize("net", NETS)
 def test_a_run_resumes_bit_for_bit(net, where, straight, tmp_path):
     with pytest.raises(Interrupt):
@@ -256,6 +258,7 @@ def test_gradients_are_clipped():
     assert Norms.found and max(Norms.found) <= 1.001e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
 @pytest.mark.parametrize(("net", "accuracy"), [("convolutional", 0.7), ("residual, batch norm", 0.5)])
 def test_precisions_learn(net, accuracy, precision):
@@ -291,6 +294,7 @@ def test_an_update_under_autocast_points_where_it_would_without(net):
 # Alignment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [DFC(), Backprop()], ids=["DFC", "backprop"])
 @pytest.mark.parametrize("net", ["convolutional", "residual, batch norm"])
 def test_alignment_of_a_network_that_is_no_chain(net, rule):
@@ -357,7 +361,14 @@ def test_the_control_ratio_is_that_of_the_apical_to_the_basal_drive():
 
 
 @pytest.mark.parametrize("rule", ["bp", "dfc", "dfa"])
-@pytest.mark.parametrize("task", ["mnist/lenet", "fashion_mnist/lenet", "cifar10/resnet"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "mnist/lenet",
+        pytest.param("fashion_mnist/lenet", marks=pytest.mark.slow),
+        pytest.param("cifar10/resnet", marks=pytest.mark.slow),
+    ],
+)
 def test_a_recipe_builds_its_net_its_rule_and_its_data(task, rule, tmp_path, monkeypatch):
     pytest.importorskip("jsonargparse")
     from dfc_lightning.cli import RecipeCLI

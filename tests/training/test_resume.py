@@ -80,6 +80,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("call", [2, 7, 12, 22])
 def test_with_settings_of_the_trainer(name, call, tmp_path):
