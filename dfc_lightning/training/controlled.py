@@ -26,7 +26,14 @@ from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
 from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
-from dfc_lightning.training.loop import DFCOptimizerLoop, fast_forward, silenced, step_arguments, training_batches
+from dfc_lightning.training.loop import (
+    DFCOptimizerLoop,
+    fast_forward,
+    silenced,
+    step_arguments,
+    training_batches,
+    training_loaders,
+)
 from dfc_lightning.training.refusals import (
     deaf_loss,
     refuse_compiled,
@@ -36,6 +43,7 @@ from dfc_lightning.training.refusals import (
     several_optimizers,
     skipped_alone,
 )
+from dfc_lightning.training.sources import can_be_read_again
 from dfc_lightning.training.stages import FeedbackStages
 
 
@@ -101,7 +109,7 @@ class ControlledTraining(Strategy):
         if self.network is None or self.network.module is not module:
             self._take_control(module)
         elif another and self.stages is not None:
-            self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
+            self.stages.progress.new_trainer()
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -131,20 +139,20 @@ class ControlledTraining(Strategy):
         self.learner = self.stages = None
         if self.learning is not None:
             self.learner = FeedbackLearner(network, self.learning, network.seed, self._ranks)
-            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed, self._terminated)
+            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed, self._on_any)
 
     @property
     def _ranks(self) -> Ranks:
         assert self._trainer is not None
         return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
 
-    def _terminated(self) -> bool:
-        """Whether any process was told to terminate; asked in step, so that all stop at the same batch."""
+    def _on_any(self, conditions: Sequence[bool]) -> list[bool]:
+        """Which of them hold in any process; asked in step, so that all do the same."""
         assert self._trainer is not None
-        told = self._trainer.received_sigterm
-        if self._trainer.world_size > 1:
-            told = bool(self.reduce(torch.tensor(float(told), device=self.root_device), reduce_op="max"))
-        return told
+        if self._trainer.world_size == 1:
+            return list(conditions)
+        asked = torch.tensor(conditions, dtype=torch.float, device=self.root_device)
+        return [bool(answer) for answer in self.reduce(asked, reduce_op="max")]
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -192,12 +200,16 @@ class ControlledTraining(Strategy):
 
     # Feedback learning
 
-    def _before_batch(self) -> None:
-        assert self.lightning_module is not None
+    def _before_batch(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None and self._trainer is not None
         refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
-        if self.stages is not None and self._trainer is not None:
-            trainer = self._trainer
-            self.stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
+        stages, trainer = self.stages, self._trainer
+        if stages is None or not stages.due(trainer):
+            return
+        if all(can_be_read_again(loader) for loader in training_loaders(trainer)):
+            stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
+        else:
+            stages.run_in_hand(trainer, batch, batch_idx, self._log_feedback)
 
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None

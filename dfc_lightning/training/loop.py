@@ -27,19 +27,20 @@ class DFCOptimizerLoop(_AutomaticOptimization):
 
     Args:
         trainer: the trainer.
-        before_batch: called before a training step; runs the feedback stages that are due.
+        before_batch: called with the batch and its index before a training step; runs the feedback stages that are
+            due.
         after_batch: called with the batch's index after the optimizer has had its turn.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, before_batch: Callable[[], None], after_batch: Callable[[int], None]
+        self, trainer: pl.Trainer, before_batch: Callable[[Any, int], None], after_batch: Callable[[int], None]
     ) -> None:
         super().__init__(trainer)
         self._before_batch, self._after_batch = before_batch, after_batch
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> _OUTPUTS_TYPE:
         """Run the stages that are due, then the batch."""
-        self._before_batch()
+        self._before_batch(next(iter(kwargs.values())), batch_idx)
         outputs = super().run(optimizer, batch_idx, kwargs)
         self._after_batch(batch_idx)
         return outputs
@@ -49,6 +50,13 @@ class DFCOptimizerLoop(_AutomaticOptimization):
         epoch_loop = self.trainer.fit_loop.epoch_loop
         self.load_state_dict(epoch_loop.automatic_optimization.state_dict())
         epoch_loop.automatic_optimization = self
+
+
+def training_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders that training draws from."""
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    return combined.flattened
 
 
 def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
