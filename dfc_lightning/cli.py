@@ -80,8 +80,14 @@ class RecipeCLI(LightningCLI):
         """Let a recipe say what it should reach."""
         parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
 
+    def _parse_ckpt_path(self) -> None:
+        """Let no checkpoint choose, by its hyperparameters, what is imported: the config says all."""
+
     def before_instantiate_classes(self) -> None:
-        """See which class it is that refuses its arguments."""
+        """Let no checkpoint run code, wherever it is from; and see which class it is that refuses its arguments."""
+        options = self.config[self.subcommand]
+        if options.get("weights_only", True) is None:
+            options["weights_only"] = True
 
         def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:

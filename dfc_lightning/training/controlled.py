@@ -24,7 +24,14 @@ from dfc_lightning.control.network import ControlledNetwork
 from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
-from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
+from dfc_lightning.training.checkpoint import (
+    CHECKPOINT_KEY,
+    optimizers_checked,
+    read_checkpoint,
+    rehearse,
+    rehearse_trainer,
+)
+from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
     DFCOptimizerLoop,
@@ -77,6 +84,8 @@ class ControlledTraining(Strategy):
         extra_points: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("checkpoint_io") is None:
+            kwargs["checkpoint_io"] = WholeCheckpointIO()
         super().__init__(**kwargs)
         self.rule: LearningRule = DFC() if rule is None else rule
         self.learning = feedback or (EVERY_BATCH if self.rule.learns_feedback else None)
@@ -270,7 +279,9 @@ class ControlledTraining(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        if module.trainer.state.fn == TrainerFn.FITTING:
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        rehearse_trainer(checkpoint, module.trainer, fitting)
+        if fitting:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
                 rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
@@ -291,7 +302,9 @@ class ControlledTraining(Strategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
+        assert self._trainer is not None
+        with optimizers_checked(checkpoint, self._trainer):
+            super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
         assert self.lightning_module is not None
         if state is None:
