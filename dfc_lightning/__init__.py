@@ -9,6 +9,9 @@ from dfc_lightning.rules import DFA, DFC, Backprop, LearningRule, MinimumNorm
 
 try:
     from dfc_lightning.training import DFCDDPStrategy, DFCStrategy
+    from dfc_lightning.twin import serve_both_names
+
+    serve_both_names()
 except ModuleNotFoundError as error:  # the rules themselves need no Lightning
     if not (error.name or "").startswith(("lightning", "tqdm")):
         raise

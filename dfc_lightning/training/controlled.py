@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -52,6 +53,7 @@ from dfc_lightning.training.refusals import (
 )
 from dfc_lightning.training.sources import can_be_read_again
 from dfc_lightning.training.stages import FeedbackStages
+from dfc_lightning.twin import twin_for
 
 
 class ControlledTraining(Strategy):
@@ -104,6 +106,16 @@ class ControlledTraining(Strategy):
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """Which the trainer gives; set by Lightning."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self.__class__ = twin_for(type(self), accelerator)  # the trainer may be of pytorch_lightning
+        self._accelerator = accelerator
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
