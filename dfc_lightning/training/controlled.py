@@ -37,6 +37,8 @@ from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
     DFCOptimizerLoop,
     fast_forward,
+    leave_by_sigterm,
+    note_sigterm,
     silenced,
     step_arguments,
     training_batches,
@@ -102,6 +104,7 @@ class ControlledTraining(Strategy):
         self.stages: FeedbackStages | None = None
         self.lesson: Lesson | None = None
         self._trainer: pl.Trainer | None = None
+        self._told = False  # whether this process, of several, was told to terminate
         self._before_loading: dict[str, Any] | None = None  # the module's state, until a checkpoint is loaded
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
@@ -126,7 +129,7 @@ class ControlledTraining(Strategy):
             return
         module = self.lightning_module
         assert module is not None
-        another, self._trainer = self._trainer is not trainer, trainer
+        another, self._trainer, self._told = self._trainer is not trainer, trainer, False
         if self.network is None or self.network.module is not module:
             self._take_control(module)
         elif another and self.stages is not None:
@@ -168,12 +171,35 @@ class ControlledTraining(Strategy):
         return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
 
     def _on_any(self, conditions: Sequence[bool]) -> list[bool]:
-        """Which of them hold in any process; asked in step, so that all do the same."""
-        assert self._trainer is not None
-        if self._trainer.world_size == 1:
-            return list(conditions)
-        asked = torch.tensor(conditions, dtype=torch.float, device=self.root_device)
-        return [bool(answer) for answer in self.reduce(asked, reduce_op="max")]
+        """Which of them hold in any process; asked in step, so that all do the same, and leave together if told to."""
+        trainer = self._trainer
+        assert trainer is not None
+        told = [self._told or trainer.received_sigterm, *conditions]
+        if trainer.world_size > 1:
+            asked = torch.tensor(told, dtype=torch.float, device=self.root_device)
+            told = [bool(answer) for answer in self.reduce(asked, reduce_op="max")]
+        if told[0]:
+            leave_by_sigterm(trainer)
+        return told[1:]
+
+    def _watch_for_sigterm(self) -> None:
+        def note() -> None:
+            self._told = True
+
+        if self._trainer is not None and self._trainer.world_size > 1:
+            note_sigterm(self._trainer, note)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._watch_for_sigterm()  # a sanity check comes before training starts
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._trainer is not None and self._trainer.world_size > 1:
+            self._on_any([])
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -189,6 +215,7 @@ class ControlledTraining(Strategy):
         assert self._trainer is not None
         super().on_train_start()
         self._before_loading = None
+        self._watch_for_sigterm()
         refuse_loader_iterator(self._trainer)
         fast_forward(self._trainer)
 
@@ -225,6 +252,8 @@ class ControlledTraining(Strategy):
         assert self.lightning_module is not None and self._trainer is not None
         refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
         stages, trainer = self.stages, self._trainer
+        if trainer.world_size > 1:
+            self._on_any([])
         if stages is None or not stages.due(trainer):
             return
         if all(can_be_read_again(loader) for loader in training_loaders(trainer)):

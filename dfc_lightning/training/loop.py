@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +17,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import _OUTPUTS_TYPE, _AutomaticOptimization
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
@@ -119,6 +122,34 @@ def fast_forward(trainer: pl.Trainer) -> None:
     for _ in range(had):
         next(fetcher)
     fetcher.fetched -= had  # Lightning adds the batches of the epoch so far itself
+
+
+def note_sigterm(trainer: pl.Trainer, note: Callable[[], None]) -> None:
+    """Let SIGTERM be noted, and passed on to processes started from this one, in place of Lightning's own notice.
+
+    That one broadcasts from within the handler, and has its process leave at once. If other processes were not told,
+    they wait for it, and it for them.
+    """
+    connector, installed = trainer._signal_connector, signal.getsignal(signal.SIGTERM)
+    handlers = getattr(installed, "signal_handlers", ())
+    if connector._sigterm_notifier_fn not in handlers or threading.current_thread() is not threading.main_thread():
+        return
+
+    def notice(signum: int, frame: Any) -> None:
+        note()
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+        for handler in handlers:
+            if handler != connector._sigterm_notifier_fn and callable(handler):
+                handler(signum, frame)
+
+    signal.signal(signal.SIGTERM, notice)  # until Lightning puts back what was there before it
+
+
+def leave_by_sigterm(trainer: pl.Trainer) -> NoReturn:
+    """End the run as Lightning does after SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+    raise SIGTERMException
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -68,7 +67,8 @@ class FeedbackStages:
         learning: how many passes.
         learn: one feedback learning step on a batch, given also its index and whether the pass is an initial one.
         seed: the order of the data in pass k depends on this and k alone.
-        on_any: which of some conditions hold in any of the processes, so that all stop at the same batch.
+        on_any: which of some conditions hold in any of the processes, so that all stop at the same batch; it ends the
+            run if one was told to terminate.
     """
 
     def __init__(
@@ -125,9 +125,7 @@ class FeedbackStages:
                 metrics = self.learn(copy.deepcopy(batch), batch_idx, initial)
             log(metrics)
             progress.passes, progress.total_passes = progress.passes + 1, progress.total_passes + 1
-            (terminated,) = self.on_any([trainer.received_sigterm])
-            if terminated:
-                raise SIGTERMException
+            self.on_any([])
         progress.passes, progress.last_epoch, progress.last_batch = 0, trainer.current_epoch, batch_idx
         progress.batches += 1
         if not initial or progress.batches >= most:
@@ -157,9 +155,7 @@ class FeedbackStages:
                         log(metrics)
                         progress.batches += 1
                         advance()
-                        terminated, late = self.on_any([trainer.received_sigterm, deadline.over()])
-                        if terminated:
-                            raise SIGTERMException
+                        (late,) = self.on_any([deadline.over()])
                     if late or index + 1 >= limit:
                         break
             progress.passes, progress.batches = progress.passes + 1, 0
