@@ -12,13 +12,13 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from dfc_lightning.autograd import Lesson, LossReduction
 from dfc_lightning.control.checks import require
-from dfc_lightning.control.evaluator import Evaluator
+from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.control.network import ControlledNetwork
@@ -46,6 +46,7 @@ from dfc_lightning.training.loop import (
 )
 from dfc_lightning.training.refusals import (
     deaf_loss,
+    empty_alone,
     refuse_compiled,
     refuse_loader_iterator,
     refuse_manual_optimization,
@@ -53,7 +54,7 @@ from dfc_lightning.training.refusals import (
     several_optimizers,
     skipped_alone,
 )
-from dfc_lightning.training.sources import can_be_read_again
+from dfc_lightning.training.sources import can_be_read_again, is_empty
 from dfc_lightning.training.stages import FeedbackStages
 from dfc_lightning.twin import twin_for
 
@@ -104,6 +105,7 @@ class ControlledTraining(Strategy):
         self.stages: FeedbackStages | None = None
         self.lesson: Lesson | None = None
         self._trainer: pl.Trainer | None = None
+        self._known = False  # whether a batch has been run, by which the network is known
         self._told = False  # whether this process, of several, was told to terminate
         self._before_loading: dict[str, Any] | None = None  # the module's state, until a checkpoint is loaded
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
@@ -148,7 +150,7 @@ class ControlledTraining(Strategy):
             seed = self.seed
         elif seed is None:
             seed = self.broadcast(torch.initial_seed())
-        self.network = self._controlled(module, self.feedback_init, seed)
+        self.network, self._known = self._controlled(module, self.feedback_init, seed), False
         self.network.average = self.reduce
         self._set_up_feedback(self.network)
 
@@ -225,6 +227,9 @@ class ControlledTraining(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.network is not None
         self.lesson = None
+        if not self._known and is_empty(args[:1]) and self._ranks.world_size == 1:
+            rank_zero_warn("The first batch has no samples, from which the network could be known. It is skipped.")
+            return None
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
                 output = super().training_step(*args, **kwargs)
@@ -237,7 +242,7 @@ class ControlledTraining(Strategy):
             if not loss.requires_grad:
                 raise deaf_loss()
             lesson.watch(loss)
-        self.lesson = lesson
+        self.lesson, self._known = lesson, True
         return output
 
     @override
@@ -269,6 +274,8 @@ class ControlledTraining(Strategy):
         every = self.learning.every_n_batches if self.learning is not None else 0
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.activity is not None
+            if self._empty(self.lesson.activity):
+                return
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
                 chain: Evaluator = self.network.chain()
                 again = chain.repeat(self.lesson.activity)
@@ -283,6 +290,8 @@ class ControlledTraining(Strategy):
             if module.training_step(*arguments) is None:
                 raise _BatchSkipped
 
+        if is_empty(batch) and self._ranks.world_size == 1:
+            return {}
         try:
             with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
                 activity = network.observing(run)
@@ -290,7 +299,16 @@ class ControlledTraining(Strategy):
             if self._trainer.world_size > 1:
                 raise skipped_alone() from None
             return {}
+        if self._empty(activity):
+            return {}
         return learner.step(activity, initial)  # outside the context: no autocast in the simulation
+
+    def _empty(self, activity: ForwardPass) -> bool:
+        """Whether a batch has no sample to learn feedback from."""
+        assert self._trainer is not None
+        if activity.batch_size == 0 and self._trainer.world_size > 1:
+            raise empty_alone()
+        return activity.batch_size == 0
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
         assert self.learner is not None and self._trainer is not None

@@ -1,4 +1,4 @@
-"""Which training data can be drawn once more, and which would be missed in training."""
+"""What the training data are: whether they can be drawn once more, and whether a batch has samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 _DEPTH, _FEW = 5, 16  # how far to look into a loader's parts, and in collections of how many
@@ -24,6 +25,12 @@ def can_be_read_again(loader: Any) -> bool:
     if isinstance(loader, DataLoader):
         return _indexed(loader)
     return hasattr(loader, "__len__") and not _used_up(loader, _DEPTH)
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch has tensors, and none of them a sample."""
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return len(sizes) > 0 and not any(sizes)
 
 
 def _indexed(loader: DataLoader) -> bool:
