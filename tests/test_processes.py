@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_cases import clusters, differing, quiet, saver
+from lightning_cases import Outside, clusters, differing, quiet, saver
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -67,6 +67,8 @@ def nothing(call: int) -> None:
 class Witnessed(L.LightningModule):
     """Logs what it can."""
 
+    seen = Outside()
+
     def __init__(self, outputs: int = 3, unequal: bool = False) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
@@ -74,7 +76,7 @@ class Witnessed(L.LightningModule):
             self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, outputs))
         self.accuracy = MulticlassAccuracy(outputs)
         self.at_call: Any = nothing
-        self.seen: list[list[int]] = []
+        self.seen = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.at_call(len(self.seen)) is SKIP:

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_cases import LEARNING, clusters, differing, loader, quiet, saver, weights
+from lightning_cases import LEARNING, Outside, clusters, differing, loader, quiet, saver, weights
 from test_resume import Interrupt, raise_at
 from torch import nn
 
@@ -24,6 +24,8 @@ def module_of(package: Any) -> Any:
     """A module whose base is of the package of this name."""
 
     class Model(package.LightningModule):
+        calls = Outside()
+
         def __init__(self) -> None:
             super().__init__()
             with torch.random.fork_rng([]):

@@ -1,29 +1,13 @@
-"""What is kept of a controlled network: the module's buffers in feedback passes, and saved feedback weights."""
+"""What is kept of a controlled network: saved feedback weights."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfc_lightning.control.checks import ControlError
 from dfc_lightning.control.points import ControlPoint
-
-
-@contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what becomes of the buffers of a module inside."""
-    kept = [
-        (m._buffers, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, value in kept:
-                buffers[name] = buffer.copy_(value)
 
 
 def matched(

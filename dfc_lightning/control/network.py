@@ -29,10 +29,11 @@ from dfc_lightning.control.graph_feedback import (
     initial_graph_feedback,
     port_shapes,
 )
-from dfc_lightning.control.kept import buffers_kept, matched
+from dfc_lightning.control.kept import matched
 from dfc_lightning.control.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.control.operations import constant
 from dfc_lightning.control.points import ControlPoint, find_points, scope_of
+from dfc_lightning.control.unseen import unseen
 from dfc_lightning.control.watch import GraphWatch
 from dfc_lightning.control.wiring import GraphActivity
 
@@ -134,15 +135,15 @@ class ControlledNetwork:
     def observing(self, run: Callable[[], Any]) -> Activity | GraphActivity:
         """Call ``run``, which runs the module, and break it off at the network's output.
 
-        Nothing after the output is run: no loss, no logging. The module's buffers stay as they are: the running
-        statistics of a normalisation are those of the training steps.
+        Nothing after the output is run: no loss, no logging. The module stays as it is, in buffers and attributes:
+        the running statistics of a normalisation are those of the training steps.
         """
 
         def stop(activity: Activity | GraphActivity, output: Tensor) -> Tensor:
             raise _OutputReached(activity)
 
         try:
-            with buffers_kept(self.module), self.watched(stop):
+            with unseen(self.module), self.watched(stop):
                 run()
         except _OutputReached as reached:
             return reached.activity

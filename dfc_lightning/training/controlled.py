@@ -22,6 +22,7 @@ from dfc_lightning.control.evaluator import Evaluator, ForwardPass
 from dfc_lightning.control.feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.control.graph_feedback import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.control.network import ControlledNetwork
+from dfc_lightning.control.unseen import unseen
 from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.rules.dfc import DFC
 from dfc_lightning.rules.rule import LearningRule
@@ -36,6 +37,7 @@ from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
     DFCOptimizerLoop,
+    as_trained_on,
     fast_forward,
     leave_by_sigterm,
     note_sigterm,
@@ -281,22 +283,26 @@ class ControlledTraining(Strategy):
                 again = chain.repeat(self.lesson.activity)
                 self._log_feedback(self.learner.step(again))
 
-    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
-        module, network, learner = self.lightning_module, self.network, self.learner
-        assert module is not None and network is not None and learner is not None and self._trainer is not None
-        arguments = step_arguments(self._trainer, batch, batch_idx)
+    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool, in_hand: bool) -> dict[str, Tensor]:
+        module, network, learner, trainer = self.lightning_module, self.network, self.learner, self._trainer
+        assert module is not None and network is not None and learner is not None and trainer is not None
 
         def run() -> None:
-            if module.training_step(*arguments) is None:
+            if module.training_step(*step_arguments(trainer, batch, batch_idx)) is None:
                 raise _BatchSkipped
 
-        if is_empty(batch) and self._ranks.world_size == 1:
-            return {}
         try:
-            with torch.no_grad(), self.precision_plugin.train_step_context(), silenced(module):
-                activity = network.observing(run)
+            with unseen(module, [optimizer.param_groups for optimizer in self.optimizers]), torch.no_grad():
+                with self.precision_plugin.train_step_context(), silenced(module):
+                    if not in_hand:
+                        batch = as_trained_on(trainer, batch)
+                    if is_empty(batch) and trainer.world_size == 1:
+                        return {}
+                    if not in_hand and module.on_train_batch_start(batch, batch_idx) == -1:
+                        raise _BatchSkipped  # with it, training would leave the rest of the epoch
+                    activity = network.observing(run)
         except _BatchSkipped:
-            if self._trainer.world_size > 1:
+            if trainer.world_size > 1:
                 raise skipped_alone() from None
             return {}
         if self._empty(activity):

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
 
 class DFCOptimizerLoop(_AutomaticOptimization):
@@ -63,7 +62,7 @@ def training_loaders(trainer: pl.Trainer) -> list[Any]:
 
 
 def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
-    """A pass of its own over the training data, each batch converted and moved as for ``training_step``.
+    """A pass of its own over the training data, of batches as the loaders give them.
 
     Args:
         trainer: the trainer.
@@ -72,7 +71,6 @@ def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     private = [_private_copy(loader, number) for loader in combined.flattened]
-    module = trainer.lightning_module
     with _own_generators(private):
         if len(private) == 1 and combined.iterables is combined.flattened[0]:
             batches: Iterator[Any] = iter(private[0])
@@ -81,10 +79,14 @@ def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
             mine.flattened = private
             mine.limits = combined.limits
             batches = (batch for batch, _, _ in mine)
-        for batch in batches:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield from batches
+
+
+def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch converted and moved as for ``training_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def step_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> list[Any]:
@@ -207,14 +209,9 @@ def _set_epoch(loader: Any, epoch: int) -> bool:
 
 @contextlib.contextmanager
 def silenced(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` do nothing, and leave the module's metrics as they were."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    before = [m._copy_state_dict() | {"_update_count": m._update_count, "_computed": m._computed} for m in metrics]
+    """Let ``self.log`` do nothing."""
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         del module.__dict__["log"]
-        for metric, state in zip(metrics, before):
-            for name, value in state.items():
-                setattr(metric, name, value)

@@ -65,7 +65,8 @@ class FeedbackStages:
 
     Args:
         learning: how many passes.
-        learn: one feedback learning step on a batch, given also its index and whether the pass is an initial one.
+        learn: one feedback learning step on a batch, given also its index, whether the pass is an initial one, and
+            whether the batch is in hand.
         seed: the order of the data in pass k depends on this and k alone.
         on_any: which of some conditions hold in any of the processes, so that all stop at the same batch; it ends the
             run if one was told to terminate.
@@ -74,7 +75,7 @@ class FeedbackStages:
     def __init__(
         self,
         learning: FeedbackLearning,
-        learn: Callable[[Any, int, bool], dict[str, Tensor]],
+        learn: Callable[[Any, int, bool, bool], dict[str, Tensor]],
         seed: int,
         on_any: Callable[[Sequence[bool]], list[bool]],
     ) -> None:
@@ -122,7 +123,7 @@ class FeedbackStages:
         steps = self.learning.initial_passes if initial else self.learning.passes_per_epoch
         while progress.passes < steps and (initial or batch_idx < most):
             with self._own_randomness(batch_idx + 1):
-                metrics = self.learn(copy.deepcopy(batch), batch_idx, initial)
+                metrics = self.learn(copy.deepcopy(batch), batch_idx, initial, True)
             log(metrics)
             progress.passes, progress.total_passes = progress.passes + 1, progress.total_passes + 1
             self.on_any([])
@@ -151,7 +152,7 @@ class FeedbackStages:
                 for index, batch in enumerate(drawn):
                     if index >= progress.batches:  # else done before the interruption
                         with self._own_randomness(index + 1):
-                            metrics = self.learn(batch, index, initial)
+                            metrics = self.learn(batch, index, initial, False)
                         log(metrics)
                         progress.batches += 1
                         advance()
