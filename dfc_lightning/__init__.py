@@ -12,6 +12,9 @@ from dfc_lightning.settling import ClampedTarget, NudgedTarget, PIController
 
 try:
     from dfc_lightning.training import DFCDDPStrategy, DFCOptimizerLoop, DFCStrategy
+    from dfc_lightning.twin import serve_both_names
+
+    serve_both_names()
 except ModuleNotFoundError as error:  # the rules themselves need no Lightning
     if not (error.name or "").startswith(("lightning", "tqdm")):
         raise

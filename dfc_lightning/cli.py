@@ -120,8 +120,14 @@ class RecipeCLI(LightningCLI):
         if path and Path(path).is_file():
             require_checkpoint(Path(path))
 
+    def _parse_ckpt_path(self) -> None:
+        """Let no checkpoint choose, by its hyperparameters, what is imported: the config says all."""
+
     def before_instantiate_classes(self) -> None:
-        """See which class it is that refuses its arguments, and give each run's logger a folder of its own."""
+        """See which class refuses its arguments; let no checkpoint run code; give each run's logger its own folder."""
+        options = self.config[self.subcommand]
+        if options.get("weights_only", True) is None:
+            options["weights_only"] = True
 
         def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:

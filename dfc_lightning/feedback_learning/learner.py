@@ -28,6 +28,7 @@ class FeedbackLearning:
         initial_passes: passes over the training data before the first epoch.
         passes_per_epoch: passes over the training data at the start of every epoch.
         every_n_batches: a feedback step on the same batch after every n-th training step; 0 for none.
+        max_batches: batches of a pass at most; None for all that an epoch has, or 500 where the data have no length.
         every_nth_sample: learn from every n-th sample of a batch only; the gradient varies little over samples.
         initial_lr: learning rate in the initial passes; None for ``lr``.
         lr: learning rate after them.
@@ -43,6 +44,7 @@ class FeedbackLearning:
     initial_passes: int = 1
     passes_per_epoch: int = 1
     every_n_batches: int = 0
+    max_batches: int | None = None
     every_nth_sample: int = 1
     initial_lr: float | None = None
     lr: float = 3e-3
@@ -55,6 +57,8 @@ class FeedbackLearning:
     def __post_init__(self) -> None:
         for name in ("initial_passes", "passes_per_epoch", "every_n_batches"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give zero or more")
+        most = self.max_batches
+        require(most is None or most >= 1, "max_batches", most, "give one or more, or None for no bound")
         require(self.every_nth_sample >= 1, "every_nth_sample", self.every_nth_sample, "take every sample, 1, or fewer")
         require(self.lr > 0, "lr", self.lr, "give a learning rate above zero")
         require(

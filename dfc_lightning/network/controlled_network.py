@@ -13,9 +13,9 @@ from dfc_lightning.errors import require
 from dfc_lightning.network.feedback_weights import in_order
 from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit, initial_direct, initial_layerwise
-from dfc_lightning.network.kept import buffers_kept
 from dfc_lightning.network.learning_rule import Direct, Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback, port_layout, ports_of
+from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.dense import DensePass, Layers
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.recorded import RecordedPass
@@ -124,8 +124,8 @@ class ControlledNetwork:
     def observing(self, run: Callable[[], Any], kind: Direct | Layerwise | None = None) -> ForwardPass:
         """Call ``run``, which runs the module, and break it off at the network's output.
 
-        Nothing after the output is run: no loss, no logging. The module's buffers stay as they are: the running
-        statistics of a normalisation are those of the training steps.
+        Nothing after the output is run: no loss, no logging. The module stays as it is, in buffers and attributes:
+        the running statistics of a normalisation are those of the training steps.
 
         Args:
             run: runs the module.
@@ -137,7 +137,7 @@ class ControlledNetwork:
 
         try:
             # With gradients, as in training: what a module does beside its pass without them is told from it by that.
-            with buffers_kept(self.module), torch.enable_grad(), self.watched(stop):
+            with unseen(self.module), torch.enable_grad(), self.watched(stop):
                 run()
         except _OutputReached as reached:
             return reached.forward

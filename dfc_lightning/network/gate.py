@@ -96,6 +96,9 @@ class Lesson:
         scale = output_grad.new_ones((), dtype=dtype) if self._scale is None else self._scale.to(dtype)
         grad = output_grad.to(dtype)
         samples = forward.batch_size
+        if samples == 0:  # nothing was seen, and so nothing is taught, as by autograd
+            self.update = Update([])
+            return [torch.zeros_like(p) for point in self._points for p in point.parameters]
         share = samples if self.loss_reduction == "mean" else 1
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)

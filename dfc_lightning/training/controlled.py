@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,12 +23,32 @@ from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.network.learning_rule import Direct, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback
+from dfc_lightning.network.unseen import unseen
+from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.rules.dfc import DFC
-from dfc_lightning.training.checkpoint import CHECKPOINT_KEY, read_checkpoint, rehearse
+from dfc_lightning.training.checkpoint import (
+    CHECKPOINT_KEY,
+    optimizers_checked,
+    read_checkpoint,
+    rehearse,
+    rehearse_trainer,
+)
+from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
-from dfc_lightning.training.loop import DFCOptimizerLoop, fast_forward, silenced, step_arguments, training_batches
+from dfc_lightning.training.loop import (
+    DFCOptimizerLoop,
+    as_trained_on,
+    fast_forward,
+    leave_by_sigterm,
+    note_sigterm,
+    silenced,
+    step_arguments,
+    training_batches,
+    training_loaders,
+)
 from dfc_lightning.training.refusals import (
     deaf_loss,
+    empty_alone,
     refuse_compiled,
     refuse_loader_iterator,
     refuse_manual_optimization,
@@ -35,7 +56,9 @@ from dfc_lightning.training.refusals import (
     several_optimizers,
     skipped_alone,
 )
+from dfc_lightning.training.sources import can_be_read_again, is_empty
 from dfc_lightning.training.stages import FeedbackStages
+from dfc_lightning.twin import twin_for
 
 BY_THE_RULE = FeedbackLearning(initial_passes=0, passes_per_epoch=0, clip_norm=None, weight_decay=0.0)
 """How feedback weights learn that a rule has updates for, where the user says nothing else."""
@@ -72,6 +95,8 @@ class ControlledTraining(Strategy):
             extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
             **kwargs: for the strategy it is mixed with.
         """
+        if kwargs.get("checkpoint_io") is None:
+            kwargs["checkpoint_io"] = WholeCheckpointIO()
         super().__init__(**kwargs)
         self.rule: LearningRule = DFC() if rule is None else rule
         kind = self.rule.feedback
@@ -92,10 +117,22 @@ class ControlledTraining(Strategy):
         self.stages: FeedbackStages | None = None
         self.lesson: Lesson | None = None
         self._trainer: pl.Trainer | None = None
+        self._known = False  # whether a batch has been run, by which the network is known
+        self._told = False  # whether this process, of several, was told to terminate
         self._before_loading: dict[str, Any] | None = None  # the module's state, until a checkpoint is loaded
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """Which the trainer gives; set by Lightning."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self.__class__ = twin_for(type(self), accelerator)  # the trainer may be of pytorch_lightning
+        self._accelerator = accelerator
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -106,11 +143,11 @@ class ControlledTraining(Strategy):
             return
         module = self.lightning_module
         assert module is not None
-        another, self._trainer = self._trainer is not trainer, trainer
+        another, self._trainer, self._told = self._trainer is not trainer, trainer, False
         if self.network is None or self.network.module is not module:
             self._take_control(module)
         elif another and self.stages is not None:
-            self.stages.progress.epoch = -1  # another trainer counts its epochs from the start
+            self.stages.progress.new_trainer()
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -125,7 +162,7 @@ class ControlledTraining(Strategy):
             seed = self.seed
         elif seed is None:
             seed = self.broadcast(torch.initial_seed())
-        self.network = self._controlled(module, self.feedback_init, seed)
+        self.network, self._known = self._controlled(module, self.feedback_init, seed), False
         self.network.average = self.reduce
         self._set_up_feedback(self.network)
 
@@ -140,20 +177,43 @@ class ControlledTraining(Strategy):
         self.learner = self.stages = None
         if self.learning is not None:
             self.learner = FeedbackLearner(network, self.learning, network.seed, self._ranks)
-            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed, self._terminated)
+            self.stages = FeedbackStages(self.learning, self._feedback_step, network.seed, self._on_any)
 
     @property
     def _ranks(self) -> Ranks:
         assert self._trainer is not None
         return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
 
-    def _terminated(self) -> bool:
-        """Whether any process was told to terminate; asked in step, so that all stop at the same batch."""
-        assert self._trainer is not None
-        told = self._trainer.received_sigterm
-        if self._trainer.world_size > 1:
-            told = bool(self.reduce(torch.tensor(float(told), device=self.root_device), reduce_op="max"))
-        return told
+    def _on_any(self, conditions: Sequence[bool]) -> list[bool]:
+        """Which of them hold in any process; asked in step, so that all do the same, and leave together if told to."""
+        trainer = self._trainer
+        assert trainer is not None
+        told = [self._told or trainer.received_sigterm, *conditions]
+        if trainer.world_size > 1:
+            asked = torch.tensor(told, dtype=torch.float, device=self.root_device)
+            told = [bool(answer) for answer in self.reduce(asked, reduce_op="max")]
+        if told[0]:
+            leave_by_sigterm(trainer)
+        return told[1:]
+
+    def _watch_for_sigterm(self) -> None:
+        def note() -> None:
+            self._told = True
+
+        if self._trainer is not None and self._trainer.world_size > 1:
+            note_sigterm(self._trainer, note)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._watch_for_sigterm()  # a sanity check comes before training starts
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._trainer is not None and self._trainer.world_size > 1:
+            self._on_any([])
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -169,6 +229,7 @@ class ControlledTraining(Strategy):
         assert self._trainer is not None
         super().on_train_start()
         self._before_loading = None
+        self._watch_for_sigterm()
         refuse_loader_iterator(self._trainer)
         fast_forward(self._trainer)
 
@@ -178,6 +239,9 @@ class ControlledTraining(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.network is not None
         self.lesson = None
+        if not self._known and is_empty(args[:1]) and self._ranks.world_size == 1:
+            rank_zero_warn("The first batch has no samples, from which the network could be known. It is skipped.")
+            return None
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
                 output = super().training_step(*args, **kwargs)
@@ -190,7 +254,7 @@ class ControlledTraining(Strategy):
             if not loss.requires_grad:
                 raise deaf_loss()
             lesson.watch(loss)
-        self.lesson = lesson
+        self.lesson, self._known = lesson, True
         return output
 
     @override
@@ -201,12 +265,18 @@ class ControlledTraining(Strategy):
 
     # Feedback learning
 
-    def _before_batch(self) -> None:
-        assert self.lightning_module is not None
+    def _before_batch(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None and self._trainer is not None
         refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
-        if self.stages is not None and self._trainer is not None:
-            trainer = self._trainer
-            self.stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
+        stages, trainer = self.stages, self._trainer
+        if trainer.world_size > 1:
+            self._on_any([])
+        if stages is None or not stages.due(trainer):
+            return
+        if all(can_be_read_again(loader) for loader in training_loaders(trainer)):
+            stages.run(trainer, lambda number: training_batches(trainer, number), self._log_feedback)
+        else:
+            stages.run_in_hand(trainer, batch, batch_idx, self._log_feedback)
 
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None
@@ -219,6 +289,8 @@ class ControlledTraining(Strategy):
             self._log_feedback(self._descending().descend(taught))
         if every and (batch_idx + 1) % every == 0 and self.lesson is not None and self.learner is not None:
             assert self.lesson.forward is not None
+            if self._empty(self.lesson.forward):
+                return
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
                 self._log_feedback(self.learner.step(self.lesson.forward.again()))
 
@@ -229,24 +301,39 @@ class ControlledTraining(Strategy):
             self.learner = FeedbackLearner(self.network, BY_THE_RULE, self.network.seed, self._ranks)
         return self.learner
 
-    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool) -> dict[str, Tensor]:
-        module, network, learner = self.lightning_module, self.network, self.learner
-        assert module is not None and network is not None and learner is not None and self._trainer is not None
-        arguments = step_arguments(self._trainer, batch, batch_idx)
+    def _feedback_step(self, batch: Any, batch_idx: int, initial: bool, in_hand: bool) -> dict[str, Tensor]:
+        module, network, learner, trainer = self.lightning_module, self.network, self.learner, self._trainer
+        assert module is not None and network is not None and learner is not None and trainer is not None
 
         def run() -> None:
-            if module.training_step(*arguments) is None:
+            if module.training_step(*step_arguments(trainer, batch, batch_idx)) is None:
                 raise _BatchSkipped
 
         try:
-            with self.precision_plugin.train_step_context(), silenced(module):
-                forward = network.observing(run, self.rule.feedback)
+            with unseen(module, [optimizer.param_groups for optimizer in self.optimizers]):
+                with self.precision_plugin.train_step_context(), silenced(module):
+                    if not in_hand:
+                        batch = as_trained_on(trainer, batch)
+                    if is_empty(batch) and trainer.world_size == 1:
+                        return {}
+                    if not in_hand and module.on_train_batch_start(batch, batch_idx) == -1:
+                        raise _BatchSkipped  # with it, training would leave the rest of the epoch
+                    forward = network.observing(run, self.rule.feedback)
         except _BatchSkipped:
-            if self._trainer.world_size > 1:
+            if trainer.world_size > 1:
                 raise skipped_alone() from None
+            return {}
+        if self._empty(forward):
             return {}
         with torch.no_grad():
             return learner.step(forward, initial)  # outside the context: no autocast in the simulation
+
+    def _empty(self, forward: ForwardPass) -> bool:
+        """Whether a batch has no sample to learn feedback from."""
+        assert self._trainer is not None
+        if forward.batch_size == 0 and self._trainer.world_size > 1:
+            raise empty_alone()
+        return forward.batch_size == 0
 
     def _log_feedback(self, metrics: dict[str, Tensor]) -> None:
         assert self.learner is not None and self._trainer is not None
@@ -277,7 +364,9 @@ class ControlledTraining(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        if module.trainer.state.fn == TrainerFn.FITTING:
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        rehearse_trainer(checkpoint, module.trainer, fitting)
+        if fitting:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
                 rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.rule, self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
@@ -298,7 +387,9 @@ class ControlledTraining(Strategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
+        assert self._trainer is not None
+        with optimizers_checked(checkpoint, self._trainer):
+            super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
         assert self.lightning_module is not None
         if state is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +17,9 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import _OUTPUTS_TYPE, _AutomaticOptimization
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
 
 class DFCOptimizerLoop(_AutomaticOptimization):
@@ -27,19 +29,20 @@ class DFCOptimizerLoop(_AutomaticOptimization):
 
     Args:
         trainer: the trainer.
-        before_batch: called before a training step; runs the feedback stages that are due.
+        before_batch: called with the batch and its index before a training step; runs the feedback stages that are
+            due.
         after_batch: called with the batch's index after the optimizer has had its turn.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, before_batch: Callable[[], None], after_batch: Callable[[int], None]
+        self, trainer: pl.Trainer, before_batch: Callable[[Any, int], None], after_batch: Callable[[int], None]
     ) -> None:
         super().__init__(trainer)
         self._before_batch, self._after_batch = before_batch, after_batch
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> _OUTPUTS_TYPE:
         """Run the stages that are due, then the batch."""
-        self._before_batch()
+        self._before_batch(next(iter(kwargs.values())), batch_idx)
         outputs = super().run(optimizer, batch_idx, kwargs)
         self._after_batch(batch_idx)
         return outputs
@@ -51,8 +54,15 @@ class DFCOptimizerLoop(_AutomaticOptimization):
         epoch_loop.automatic_optimization = self
 
 
+def training_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders that training draws from."""
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    return combined.flattened
+
+
 def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
-    """A pass of its own over the training data, each batch converted and moved as for ``training_step``.
+    """A pass of its own over the training data, of batches as the loaders give them.
 
     Args:
         trainer: the trainer.
@@ -61,7 +71,6 @@ def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     private = [_private_copy(loader, number) for loader in combined.flattened]
-    module = trainer.lightning_module
     with _own_generators(private):
         if len(private) == 1 and combined.iterables is combined.flattened[0]:
             batches: Iterator[Any] = iter(private[0])
@@ -70,10 +79,14 @@ def training_batches(trainer: pl.Trainer, number: int) -> Iterator[Any]:
             mine.flattened = private
             mine.limits = combined.limits
             batches = (batch for batch, _, _ in mine)
-        for batch in batches:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield from batches
+
+
+def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch converted and moved as for ``training_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def step_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> list[Any]:
@@ -111,6 +124,34 @@ def fast_forward(trainer: pl.Trainer) -> None:
     for _ in range(had):
         next(fetcher)
     fetcher.fetched -= had  # Lightning adds the batches of the epoch so far itself
+
+
+def note_sigterm(trainer: pl.Trainer, note: Callable[[], None]) -> None:
+    """Let SIGTERM be noted, and passed on to processes started from this one, in place of Lightning's own notice.
+
+    That one broadcasts from within the handler, and has its process leave at once. If other processes were not told,
+    they wait for it, and it for them.
+    """
+    connector, installed = trainer._signal_connector, signal.getsignal(signal.SIGTERM)
+    handlers = getattr(installed, "signal_handlers", ())
+    if connector._sigterm_notifier_fn not in handlers or threading.current_thread() is not threading.main_thread():
+        return
+
+    def notice(signum: int, frame: Any) -> None:
+        note()
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+        for handler in handlers:
+            if handler != connector._sigterm_notifier_fn and callable(handler):
+                handler(signum, frame)
+
+    signal.signal(signal.SIGTERM, notice)  # until Lightning puts back what was there before it
+
+
+def leave_by_sigterm(trainer: pl.Trainer) -> NoReturn:
+    """End the run as Lightning does after SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+    raise SIGTERMException
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -168,14 +209,9 @@ def _set_epoch(loader: Any, epoch: int) -> bool:
 
 @contextlib.contextmanager
 def silenced(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` do nothing, and leave the module's metrics as they were."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    before = [m._copy_state_dict() | {"_update_count": m._update_count, "_computed": m._computed} for m in metrics]
+    """Let ``self.log`` do nothing."""
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         del module.__dict__["log"]
-        for metric, state in zip(metrics, before):
-            for name, value in state.items():
-                setattr(metric, name, value)

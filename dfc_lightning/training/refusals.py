@@ -9,6 +9,12 @@ from dfc_lightning.network.controlled_network import ControlledNetwork
 from dfc_lightning.network.learning_rule import LearningRule
 from dfc_lightning.training.loop import is_compiled, takes_loader_iterator
 
+_BY_HAND = (
+    "To step the optimizers yourself, as for a GAN, leave the strategy away and put one network under control: make "
+    "ControlledNetwork(self.discriminator) in setup, compute its loss inside taught_by(DFC()), then call "
+    "self.manual_backward(loss). docs/manual_optimization.md has an example that runs."
+)
+
 
 def refuse_manual_optimization(module: pl.LightningModule) -> None:
     """Raise a :class:`ControlError` if the module steps its optimizers itself."""
@@ -16,7 +22,7 @@ def refuse_manual_optimization(module: pl.LightningModule) -> None:
         raise ControlError(
             f"{type(module).__name__} has automatic_optimization=False. Feedback control replaces what "
             "loss.backward() computes inside Lightning's automatic optimization; let training_step return the "
-            "loss and leave the optimizer steps to Lightning."
+            f"loss and leave the optimizer steps to Lightning. {_BY_HAND}"
         )
 
 
@@ -53,7 +59,7 @@ def several_optimizers() -> ControlError:
     """The error for a module that configures more than one optimizer."""
     return ControlError(
         "configure_optimizers returned several optimizers. Feedback control works with one; put the parameters "
-        "into one optimizer, in groups if their settings differ."
+        f"into one optimizer, in groups if their settings differ. {_BY_HAND}"
     )
 
 
@@ -62,6 +68,14 @@ def skipped_alone() -> ControlError:
     return ControlError(
         "training_step returned None. Among several processes no batch can be skipped, as the others "
         "would wait for this one; return a loss, or filter the data beforehand."
+    )
+
+
+def empty_alone() -> ControlError:
+    """The error for an empty batch of one of several processes."""
+    return ControlError(
+        "A batch has no samples. Among several processes feedback learning needs some in each, as the others would "
+        "wait for this one; leave out empty batches in the loader."
     )
 
 

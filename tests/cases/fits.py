@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,23 @@ def loader(data: Any = None, batch_size: int = BATCH, **settings: Any) -> DataLo
     return DataLoader(clusters() if data is None else data, batch_size, **settings)
 
 
+class Outside:
+    """A value of an object that is kept outside of it, where feedback passes do not put it back."""
+
+    def __init__(self) -> None:
+        self.values: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        return self.values[owner]
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        self.values[owner] = value
+
+
 class Innocent(L.LightningModule):
     """Returns a dict, logs before and after the forward pass, keeps metrics, has a scheduler and validation."""
+
+    calls = Outside()
 
     def __init__(self, lr: float = 0.01, seed: int = 0) -> None:
         super().__init__()

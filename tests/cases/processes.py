@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from cases.fits import clusters, quiet
+from cases.fits import Outside, clusters, quiet
 from dfc_lightning import DFA, DFC, DFCDDPStrategy, DFCStrategy, Expected, FeedbackLearning, MinimumNorm
 from dfc_lightning import Sampled as SampledFeedback
 from dfc_lightning.settling import Euler, Linearized
@@ -57,6 +57,8 @@ def nothing(call: int) -> None:
 class Witnessed(L.LightningModule):
     """Logs what it can."""
 
+    seen = Outside()
+
     def __init__(self, outputs: int = 3, unequal: bool = False) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
@@ -64,7 +66,7 @@ class Witnessed(L.LightningModule):
             self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, outputs))
         self.accuracy = MulticlassAccuracy(outputs)
         self.at_call: Any = nothing
-        self.seen: list[list[int]] = []
+        self.seen = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.at_call(len(self.seen)) is SKIP:

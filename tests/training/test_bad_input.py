@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched
 from torch import Tensor, nn
 
-from dfc_lightning import ControlError, DFCStrategy
+from dfc_lightning import DFA, DFC, Backprop, ControlError, DFCStrategy, MinimumNorm
 
 
 def refused(
@@ -57,8 +59,8 @@ def with_net(net: nn.Module) -> Plain:
 
 
 UNFIT: dict[str, tuple[Callable[[], L.LightningModule], str]] = {
-    "manual optimization": (Manual, "automatic_optimization=False.*return the loss"),
-    "two optimizers": (TwoOptimizers, "returned several optimizers.*one optimizer"),
+    "manual optimization": (Manual, "automatic_optimization=False.*return the loss.*taught_by.*manual_backward"),
+    "two optimizers": (TwoOptimizers, "returned several optimizers.*one optimizer.*taught_by.*manual_backward"),
     "dataloader_iter": (FetchesItsOwn, r"dataloader_iter.*\(batch, batch_idx\)"),
     "no control point": (lambda: with_net(nn.LayerNorm(6)), "no trainable linear or convolutional layer"),
     "attention": (lambda: with_net(nn.MultiheadAttention(6, 2)), r"'net\.in_proj_weight'.*network="),
@@ -233,3 +235,71 @@ def test_validation_and_test_need_no_control():
     module = with_net(nn.Sequential(nn.Linear(6, 3), nn.PReLU()))
     trainer = quiet(DFCStrategy())
     assert trainer.validate(module, loader(clusters(8)), verbose=False)
+
+
+# What the refusals advise
+
+
+def test_the_example_for_manual_optimization_runs_and_its_discriminator_learns_by_feedback_control(monkeypatch):
+    """The code of docs/manual_optimization.md, as it stands."""
+    page = (Path(__file__).parent.parent / "docs" / "manual_optimization.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    taught = []
+    teach = DFC.teach
+    monkeypatch.setattr(DFC, "teach", lambda self, *args: taught.append(1) or teach(self, *args))
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, "docs/manual_optimization.md", "exec"), names)
+    assert len(taught) == names["trainer"].fit_loop.epoch_loop.batch_progress.total.completed == 8
+
+
+# Batches without samples
+
+
+class Batches:
+    """A loader of batches, some of them empty."""
+
+    def __init__(self, *full: bool) -> None:
+        self.full = full
+
+    def __len__(self) -> int:
+        return len(self.full)
+
+    def __iter__(self) -> Any:
+        for full, (x, y) in zip(self.full, loader()):
+            yield (x, y) if full else (x[:0], y[:0])
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
+
+RULES: dict[str, Any] = {
+    "DFC": lambda: DFCStrategy(),
+    "DFC, sampled passes": strategy,
+    "DFA": lambda: DFCStrategy(rule=DFA()),
+    "minimum norm": lambda: DFCStrategy(rule=MinimumNorm()),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("network", [lambda: Plain().net, conv], ids=["chain", "graph"])
+@pytest.mark.parametrize("full", [(True, False, True), (False, True, False, True), (True, True, False)], ids=str)
+def test_an_empty_batch_teaches_nothing(name, network, full):
+    module = with_net(network())
+    before = [p.clone() for p in module.parameters()]
+    quiet(RULES[name](), max_epochs=2).fit(module, Batches(*full))
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(module.parameters(), before))
+
+
+def test_an_empty_batch_is_what_it_is_without_the_strategy():
+    ends = []
+    for word in ("auto", DFCStrategy(rule=Backprop())):
+        module = Plain().double()
+        quiet(word).fit(module, Batches64(True, False, True, False))
+        ends.append(torch.cat([p.flatten() for p in module.parameters()]))
+    assert (ends[0] - ends[1]).abs().max() < 1e-12
+
+
+class Batches64(Batches):
+    def __iter__(self) -> Any:
+        return ((x.double(), y) for x, y in super().__iter__())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import inspect
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from cases.fits import (
 from cases.interruptions import PASS, Interrupt, interrupted, raise_at, run
 from cases.paths import TESTS
 from cases.processes import CASES, Witnessed, distance, fit, learned, spawn
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -301,3 +306,215 @@ def test_evaluation_asks_for_weights_alone(good, tmp_path):
     )
     assert 0 <= found[0]["val_accuracy"] <= 1
     assert not differing(dict(module.state_dict())["net.0.weight"], state["state_dict"]["net.0.weight"])
+
+
+# What is Lightning's in them, and what was never a number
+
+
+def at(*keys: Any, value: Any) -> Callable[[Path, dict[str, Any]], None]:
+    """A good checkpoint with one entry changed."""
+
+    def change(good: dict[str, Any]) -> None:
+        inner: Any = good
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+
+    return altered(change)
+
+
+OPTIMIZER, LOOP = ("optimizer_states", 0), ("loops", "fit_loop", "epoch_loop.batch_progress")
+OURS = "dfc_lightning"
+GARBAGE: dict[str, tuple[Any, str]] = {
+    "a version of no kind": (at("pytorch-lightning_version", value=None), "pytorch-lightning_version"),
+    "a version that is none": (at("pytorch-lightning_version", value="new"), "pytorch-lightning_version.*damaged"),
+    "weights that are text": (at("state_dict", value="w"), "'state_dict'.*damaged"),
+    "optimizers that are none": (at("optimizer_states", value=None), "'optimizer_states'"),
+    "an optimizer of text": (at("optimizer_states", value=["text"]), "'optimizer_states'"),
+    "an optimizer without groups": (at(*OPTIMIZER, value={"state": {}}), "'optimizer_states'.*param_groups"),
+    "an optimizer of another kind": (
+        at(*OPTIMIZER, "param_groups", 0, value={"params": [0, 1, 2, 3, 4, 5], "lr": 0.1}),
+        "'optimizer_states'",
+    ),
+    "a rate that is text": (at(*OPTIMIZER, "param_groups", 0, "lr", value="fast"), "lr='fast' is no number"),
+    "moments of another shape": (
+        at(*OPTIMIZER, "state", 0, "exp_avg", value=torch.zeros(2)),
+        r"exp_avg has the shape \(2,\)",
+    ),
+    "schedulers of no kind": (at("lr_schedulers", value=3), "'lr_schedulers'"),
+    "a scheduler of text": (at("lr_schedulers", value=["text"]), "'lr_schedulers'"),
+    "a scheduler that never stepped": (at("lr_schedulers", 0, "last_epoch", value="x"), "last_epoch='x' is no count"),
+    "loops of no kind": (at("loops", value=[1]), "'loops'"),
+    "loops without a fit": (at("loops", value={}), "'loops'.*fit_loop"),
+    "progress of text": (at(*LOOP, value="text"), "'loops'.*batch_progress"),
+    "progress without a total": (at(*LOOP, value={"current": {}}), "'loops'.*total"),
+    "a negative count": (at(*LOOP, "total", "ready", value=-3), "ready=-3 is no count"),
+    "a fraction of a batch": (at(*LOOP, "current", "completed", value=1.5), r"completed=1\.5 is no count"),
+    "callbacks of no kind": (at("callbacks", value=[1]), "'callbacks'"),
+    "a callback without its entries": (at("callbacks", "Kept", value={"other": 1}), "'callbacks, Kept'.*count"),
+    "a callback of text": (at("callbacks", "Kept", value="text"), "'callbacks, Kept'"),
+    "Q of NaN": (at(OURS, "feedback", "net.2", value=torch.full((8, 3), torch.nan)), r"'net\.2' is not finite: 24 of"),
+    "Q of one inf": (
+        at(OURS, "feedback", "net.0", value=torch.tensor([[torch.inf, 0, 0]] + 11 * [[0.0, 0, 0]])),
+        r"'net\.0' is not finite: 1 of its 36",
+    ),
+    "Q of integers": (
+        at(OURS, "feedback", "net.2", value=torch.ones(8, 3, dtype=torch.int64)),
+        "int64, not of floating",
+    ),
+    "Q of truth": (at(OURS, "feedback", "net.2", value=torch.ones(8, 3, dtype=torch.bool)), "bool, not of floating"),
+    "Q of lists": (at(OURS, "feedback", "net.2", value=[[1.0]]), "list, not of floating"),
+    "Q's moments of NaN": (
+        at(OURS, "learner", "optimizer", "state", 0, "exp_avg", value=torch.full((12, 3), torch.nan)),
+        "exp_avg of feedback weight 0 is not finite",
+    ),
+    "steps below zero": (at(OURS, "learner", "steps", value=-1), "steps=-1 is no count"),
+    "a seed of text": (at(OURS, "seed", value="1"), "seed='1' is no count"),
+    "an epoch below none": (at(OURS, "stages", "epoch", value=-2), "epoch=-2 is no count.*from -1"),
+    "passes below zero": (at(OURS, "stages", "passes", value=-1), "passes=-1 is no count"),
+    "half a batch": (at(OURS, "stages", "batches", value=0.5), r"batches=0\.5 is no count"),
+    "passes that are true": (at(OURS, "stages", "total_passes", value=True), "total_passes=True is no count"),
+    "a count for a truth": (at(OURS, "stages", "initial_done", value=1), "initial_done=1 must be true or false"),
+}
+
+
+class Kept(Callback):
+    """Has a state of its own."""
+
+    count = 0
+
+    @property
+    def state_key(self) -> str:
+        return "Kept"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"] + 0 * len(state["count"] * [0])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("full") / "full.ckpt"
+    trainer = quiet(strategy(), max_epochs=1, callbacks=[Kept()])
+    trainer.fit(Innocent(), loader())
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_named_before_anything_is_trained(name, full, tmp_path):
+    write, message = GARBAGE[name]
+    path = tmp_path / "garbage.ckpt"
+    write(path, torch.load(full, weights_only=True))
+    module = Innocent()
+    with pytest.raises(ControlError, match=message):
+        quiet(strategy(), max_epochs=3, callbacks=[Kept()]).fit(module, loader(), ckpt_path=path)
+    assert module.calls == 0 and not differing(dict(module.state_dict()), dict(Innocent().state_dict()))
+
+
+def test_a_whole_checkpoint_with_callbacks_is_loaded(full):
+    kept = Kept()
+    kept.count = 5
+    trainer = quiet(strategy(), max_epochs=2, callbacks=[kept])
+    trainer.fit(Innocent(), loader(), ckpt_path=full)
+    assert kept.count == 0 and trainer.current_epoch == 2
+
+
+# Where they come from, and what they would run
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address it is served at."""
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+ASKED: dict[str, Callable[[L.Trainer, Any, Any], Any]] = {
+    "fit": lambda trainer, module, path: trainer.fit(module, loader(), ckpt_path=path),
+    "validate": lambda trainer, module, path: trainer.validate(module, loader(), ckpt_path=path, verbose=False),
+}
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["a file", "a URL"])
+@pytest.mark.parametrize("asked", ASKED)
+def test_no_checkpoint_runs_code(asked, remote, good, served, tmp_path):
+    folder, address = served
+    state = torch.load(good, weights_only=True)
+    torch.save({**state, "hyper_parameters": {"lr": Bomb(tmp_path / "ran")}}, folder / "bomb.ckpt")
+    path = f"{address}/bomb.ckpt" if remote else folder / "bomb.ckpt"
+    with pytest.raises(ControlError, match="could run code.*weights_only=False"):
+        ASKED[asked](quiet(strategy(), max_epochs=3), Innocent(), path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_is_resumed_by_its_address(good, served):
+    folder, address = served
+    (folder / "good.ckpt").write_bytes(good.read_bytes())
+    s = strategy()
+    quiet(s, max_epochs=3).fit(Innocent(), loader(), ckpt_path=f"{address}/good.ckpt")
+    assert not differing(holdings(s), holdings_of(good))
+    (folder / "torn.ckpt").write_bytes(good.read_bytes()[:1000])
+    with pytest.raises(ControlError, match=UNREADABLE):
+        quiet(strategy()).fit(Innocent(), loader(), ckpt_path=f"{address}/torn.ckpt")
+
+
+# Full disks
+
+
+def full_disk(after: int) -> Callable[[int], None]:
+    def fsync(descriptor: int) -> None:
+        os.ftruncate(descriptor, after)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fsync
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(good, tmp_path, monkeypatch):
+    path, elsewhere = tmp_path / "last.ckpt", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path.write_bytes(good.read_bytes())
+    trainer = quiet(strategy(), max_epochs=2)
+    trainer.fit(Innocent(), loader())
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(os, "fsync", full_disk(500))
+    with pytest.raises(ControlError, match="could not be written: No space left.*as it was"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == good.read_bytes() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "elsewhere",
+        "last.ckpt",
+    ]
+
+
+def test_a_checkpoint_is_on_the_disk_beside_its_place_before_it_has_its_name(tmp_path, monkeypatch):
+    events: list[tuple[str, ...]] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(("fsync",)) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append((str(Path(a).parent), str(b))) or replace(a, b))
+    trainer = quiet(strategy(), max_epochs=1)
+    trainer.fit(Innocent(), loader())
+    trainer.save_checkpoint(tmp_path / "new" / "last.ckpt")
+    assert events == [("fsync",), (str(tmp_path / "new"), str(tmp_path / "new" / "last.ckpt"))]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["last.ckpt"]

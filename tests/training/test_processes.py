@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,40 @@ def odds(rank: int, processes: int, folder: str) -> None:
         assert on_all(len(module.seen)) == [8, 8]
         resumed = learned(*fit(CASES["plain trainer"], processes, ckpt_path=Path(folder, "interrupted.ckpt")))
         assert not differing(resumed, straight)
+
+
+def killed(rank: int, processes: int, folder: str) -> None:
+    """SIGTERM to one process alone, in a feedback pass, in an epoch, and in a validation that comes first."""
+    straight = learned(*fit(CASES["plain trainer"], processes))
+    for told, call, seen in ((0, 7, 8), (1, 7, 8), (0, 12, 13), (1, 12, 13), (1, -1, 0)):
+        module = Witnessed() if call >= 0 else TerminatedInValidation()
+        module.at_call = functools.partial(kill, told, call, module)
+        started, sanity = time.monotonic(), {"num_sanity_val_steps": 1} if call < 0 else {}
+        keep = saver(Path(folder, f"{told} {call}"))
+        with pytest.raises(SIGTERMException):
+            fit(CASES["plain trainer"], processes, module=module, callbacks=[keep], enable_checkpointing=True, **sanity)
+        assert time.monotonic() - started < 20
+        assert on_all(len(module.seen)) == [seen, seen]
+        path = Path(folder, f"{told} {call}", "interrupted.ckpt")
+        assert not differing(learned(*fit(CASES["plain trainer"], processes, ckpt_path=path)), straight)
+
+
+def kill(rank: int, at: int, module: Witnessed, call: int) -> None:
+    if call == at and module.global_rank == rank:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TerminatedInValidation(Witnessed):
+    """One process is told to terminate before anything is trained."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.global_rank == 1 and not self.seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_to_one_process_alone_ends_all_at_the_same_batch(tmp_path):
+    spawn(killed, 2, tmp_path)
 
 
 def tell_one(module: Witnessed, call: int) -> None:
