@@ -20,6 +20,7 @@ def benchmark(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "extra", "expected"),
     [

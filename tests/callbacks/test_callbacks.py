@@ -90,6 +90,7 @@ def test_a_rule_is_aligned_with_itself_and_with_no_other(rule, reference):
     assert ("condition_2" in page) == ("control_ratio/total" in page) == isinstance(rule, DFC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [None, DFA(), DFC(settling=Euler(steps=20, dt=0.1, tau_ratio=0.2), integrate=True), DFC(clamped=True)],

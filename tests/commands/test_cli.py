@@ -63,6 +63,7 @@ def test_fit_ends_with_the_test_of_the_best_validation_epoch(tmp_path, capsys):
     assert [path.name for path in (run / "checkpoints").glob("epoch=*")] == [f"epoch={best}-step={8 * best + 8}.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--trainer.fast_dev_run=1"], [*SHORT, "--trainer.callbacks=null"]])
 def test_without_a_best_checkpoint_the_final_weights_are_tested(tmp_path, capsys, options):
     fit(*QUIET, *options)
@@ -234,6 +235,7 @@ def test_a_bad_option_is_named(capsys, options, words):
     assert "Traceback" not in said and "usage:" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

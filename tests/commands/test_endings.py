@@ -53,6 +53,7 @@ def ended(capsys, words):
     return (1, said + code) if isinstance(code, str) else (code, said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_signal_ends_every_command_with_its_code_and_how_to_go_on(capsys, monkeypatch, command, number, code):
@@ -114,6 +115,7 @@ SYSTEM_ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", SYSTEM_ERRORS.values(), ids=SYSTEM_ERRORS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_the_system_refuses_is_a_sentence_with_path_and_remedy(capsys, monkeypatch, command, error):
@@ -127,6 +129,7 @@ def test_what_the_system_refuses_is_a_sentence_with_path_and_remedy(capsys, monk
 UNWRITABLE = "/proc/nowhere"  # also for root
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
     "words",
@@ -170,6 +173,7 @@ def test_a_damaged_run_is_named(capsys, command, content):
     assert code == 2 and "metrics.csv" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [

@@ -39,6 +39,7 @@ BAD_RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("content", "words"), BAD_RECIPES.values(), ids=BAD_RECIPES)
 def test_good_recipes_run_and_bad_ones_are_listed_at_the_end(capsys, content, words):
     Path("own/digits").mkdir(parents=True)
@@ -66,6 +67,7 @@ def overwritten_in_the_middle(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tear", [cut_short, overwritten_in_the_middle, lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("all_torn", [False, True])
 def test_a_run_whose_checkpoint_is_torn_goes_on_from_the_one_before_it(tear, all_torn):

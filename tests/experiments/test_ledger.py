@@ -136,6 +136,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
 @pytest.mark.parametrize("command", ["report", "reproduce"])
 def test_a_line_that_is_no_run_is_named_by_every_command(capsys, bad, command):
@@ -153,6 +154,7 @@ def test_text_with_any_separator_of_lines_is_one_line():
     assert Ledger("results").read() == [odd]
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_be_noted_is_not_lost(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         disk_of(patch, 100)

@@ -58,6 +58,7 @@ UNREADABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "words"), UNREADABLE.values(), ids=UNREADABLE)
 def test_what_cannot_be_read_is_refused_at_once_wherever_it_stands(capsys, text, words):
     Path("bad.yaml").write_text(text)

@@ -116,12 +116,14 @@ def test_testing_every_epoch_leaves_training_as_it_is(monkeypatch):
     assert tested.history["train/loss"] == untested.history["train/loss"]
 
 
+@pytest.mark.slow
 def test_overrides_make_another_run(capsys):
     reproduce("--rule", "bp", "--seeds", "1", "--epochs", "1")
     _, short = reproduce("--rule", "bp", "--seeds", "1", "--epochs", "1", "--set", "trainer.limit_train_batches=2")
     assert short.overrides == ["trainer.limit_train_batches=2"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_the_others_from_running(tmp_path, monkeypatch):
     def broken(self):
         raise RuntimeError("no digits today")

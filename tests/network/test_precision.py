@@ -194,6 +194,7 @@ HOOKS = ("setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_
 HOOKS += ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "the whole module", "wrapped"])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_module_compiled_during_training_is_refused(hook, how):

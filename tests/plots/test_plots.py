@@ -310,6 +310,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", ["dashboard", "figure_3", "figure_1d", "figure_2"])
 def test_the_command_writes_the_figure(here, capsys, figure):
     plot.main([*(["runs/dfc"] if figure in plot.OF_RUNS else []), "--figure", figure])

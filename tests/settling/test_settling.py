@@ -200,6 +200,7 @@ def test_the_steady_state_is_found_in_hostile_networks(hostile: str, dtype: torc
     assert (true < (1.1e-5 if dtype == torch.float64 else 2e-5)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "net", [("tanh", "unruly"), ("one_output", "random"), (DEEP, "random")], ids=["unruly", "one output", "deep"]
 )
@@ -260,6 +261,7 @@ def explosive(diverging: list[int], hidden: str = "relu") -> Case:
 EXPLOSION = Euler(steps=400, dt=0.5, instant_system=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diverging", [[], [0], [1, 3], [0, 1, 2, 3, 4]], ids=str)
 @pytest.mark.parametrize("integrate", [True, False])
 @pytest.mark.parametrize("plasticity", ["rate_difference", "voltage_difference", "derivative"])

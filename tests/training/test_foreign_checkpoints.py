@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("jsonargparse")
 
+from commands.test_cli import DIGITS, QUIET, SHORT, fit
 from test_checkpoints import Bomb, served  # noqa: F401
-from test_cli import DIGITS, QUIET, SHORT, fit
 
 from dfc_lightning import cli
 

@@ -130,6 +130,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("net", NETS)
 def test_all_feedback_weights_learn(net, name):

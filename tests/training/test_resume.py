@@ -89,6 +89,7 @@ def test_with_settings_of_the_trainer(name, call, tmp_path):
     assert not differing(run(path, **settings), run(**settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [3, 2 * PASS + 3, 3 * PASS + 2])
 def test_with_feedback_from_jacobians(call, tmp_path):
     path = interrupted(tmp_path, at_call=raise_at(call), feedback_init="jacobian")
@@ -175,6 +176,7 @@ def test_a_finished_run_goes_on(straight, tmp_path):
     assert not differing(run(tmp_path / "short.ckpt"), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [3, BATCHES, 7])
 def test_from_the_checkpoints_of_a_callback(every, straight, tmp_path):
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every)

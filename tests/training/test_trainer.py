@@ -63,6 +63,7 @@ def test_gradients_are_clipped(algorithm):
     assert norms.found and max(norms.found) <= 1.001e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision, dtype", [("64-true", torch.float64), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)]
 )

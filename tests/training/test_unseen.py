@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cases.fits import SHORT, clusters, differing, loader, quiet, strategy
 from torch import Tensor, nn
 
-from dfc_lightning import Backprop, ControlledNetwork, DFCStrategy, FeedbackLearning
+from dfc_lightning import Backprop, ControlledNetwork, DFCStrategy, Direct, FeedbackLearning
 from dfc_lightning.network.unseen import unseen
 
 PASSES = FeedbackLearning(method=SHORT, initial_passes=2, passes_per_epoch=1)
@@ -231,6 +231,12 @@ class Rates(Stateful):
         return self.optimizers().param_groups[0]["lr"]
 
 
+class WithFeedback(Backprop):
+    """Backprop beside feedback weights that learn and are not heard."""
+
+    feedback: ClassVar[Direct] = Direct(learned=True)
+
+
 KINDS = [FirstBatch, FirstBatchResized, LateBuffer, Schedule, Held, Teacher, Draws, OwnIterator, Prepared]
 KINDS += [InTheTransfer, Rates]
 
@@ -239,7 +245,7 @@ KINDS += [InTheTransfer, Rates]
 @pytest.mark.parametrize("stream", [False, True], ids=["passes", "in hand"])
 def test_a_module_ends_as_without_feedback_passes(kind, stream):
     ends = []
-    for word in ("auto", DFCStrategy(rule=Backprop(), feedback=PASSES, seed=3)):
+    for word in ("auto", DFCStrategy(rule=WithFeedback(), feedback=PASSES, seed=3)):
         module, data = kind(), clusters(dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
