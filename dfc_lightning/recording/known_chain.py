@@ -33,11 +33,13 @@ class KnownChain:
         self.points, self.links, self.at_output = points, links, at_output
         self.inputs: list[Tensor] = []
         self.voltages: list[Tensor] = []
+        self.called_beside = False
         self._with_grad = torch.is_grad_enabled()
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
         if torch.is_grad_enabled() != self._with_grad:
+            self.called_beside = True
             return output  # a call beside the one that is taught: a pseudo-label, a look at something
         place = next(k for k, p in enumerate(self.points) if p.layer is layer)
         point, received = self.points[place], args[0] if args else kwargs["input"]
@@ -64,7 +66,8 @@ class KnownChain:
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach."""
         if len(self.inputs) < len(self.points):
-            raise not_reached([p.name for p in self.points[len(self.inputs) :]], bool(self.inputs))
+            missing = [p.name for p in self.points[len(self.inputs) :]]
+            raise not_reached(missing, bool(self.inputs), self.called_beside)
 
     def close(self) -> None:
         """Let go of what was noted."""

@@ -63,6 +63,7 @@ class Recorder:
         self.heard: dict[int, Slot] = {}
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
+        self.called_beside = False
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -73,6 +74,7 @@ class Recorder:
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
+            self.called_beside = True
             return
         name = self.names[id(layer)]
         if id(layer) not in self.waiting:
@@ -100,7 +102,7 @@ class Recorder:
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
         if self.waiting:
-            raise not_reached([self.names[key] for key in self.waiting], bool(self.order))
+            raise not_reached([self.names[key] for key in self.waiting], bool(self.order), self.called_beside)
         if self.tape.output is None:
             lost = [self.names[key] for key, bit in self.bits.items() if not self.tape.reaches_end(bit)]
             raise ControlError(
@@ -169,8 +171,19 @@ def called_twice(name: str) -> ControlError:
     )
 
 
-def not_reached(names: list[str], some: bool) -> ControlError:
-    """What to say of layers that a pass did not reach; ``some`` if it has reached others."""
+def not_reached(names: list[str], some: bool, beside: bool) -> ControlError:
+    """What to say of layers that a pass did not reach.
+
+    Args:
+        names: the layers.
+        some: whether it has reached others.
+        beside: whether the network was called without gradients.
+    """
+    if not some and beside:
+        return ControlError(
+            "The network was called without gradients alone, as under torch.no_grad() or in inference mode, so that the "
+            "loss does not depend on what it has learned. Call it once with gradients in training_step."
+        )
     if not some:
         return ControlError(
             f"The network was not called: none of its layers ({', '.join(names)}) was run in this step. Call it once "

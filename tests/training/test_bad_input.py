@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched
+from cases.paths import ROOT
 from torch import Tensor, nn
 
 from dfc_lightning import DFA, DFC, Backprop, ControlError, DFCStrategy, MinimumNorm
@@ -242,7 +242,7 @@ def test_validation_and_test_need_no_control():
 
 def test_the_example_for_manual_optimization_runs_and_its_discriminator_learns_by_feedback_control(monkeypatch):
     """The code of docs/manual_optimization.md, as it stands."""
-    page = (Path(__file__).parent.parent / "docs" / "manual_optimization.md").read_text()
+    page = (ROOT / "docs" / "manual_optimization.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     taught = []
     teach = DFC.teach
