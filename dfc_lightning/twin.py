@@ -55,7 +55,9 @@ def _serve() -> None:
         _twins[mine] = _twins[other] = {OURS: mine, THEIRS: other}
         base.register(mine)
         mine.register(other)
-    ours.ControlledTraining.register(theirs.ControlledTraining)
+    import_module(f"{_SOURCE}.controlled").ControlledTraining.register(
+        import_module(f"{_TWIN}.controlled").ControlledTraining
+    )
 
 
 class _Finder(MetaPathFinder):

@@ -216,7 +216,7 @@ def _configuration(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str,
     in_effect = {
         "rule": _spelled(strategy.rule),
         "feedback": _spelled(strategy.learning),
-        "feedback_init": strategy.feedback_init,
+        "feedback_init": strategy.feedback_init or getattr(strategy.rule.feedback, "init", None),
         "loss_reduction": strategy.loss_reduction,
         "seed": strategy.network.seed,
         "widths": [point.width for point in strategy.network.points],

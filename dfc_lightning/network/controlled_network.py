@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import require
-from dfc_lightning.network.feedback_weights import in_order
+from dfc_lightning.network.feedback_weights import FeedbackWeights, in_order
 from dfc_lightning.network.gate import Lesson, LossReduction
-from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit, initial_direct, initial_layerwise
+from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.network.learning_rule import Direct, Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback, port_layout, ports_of
 from dfc_lightning.network.unseen import unseen
@@ -74,24 +74,28 @@ class ControlledNetwork:
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.module = module
         self._scope = network, tuple(extra_points)
-        self.feedback_init, self.conv_feedback, self.general = feedback_init, conv_feedback, general
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.conv_feedback, self.general = conv_feedback, general
+        self.weights = FeedbackWeights(feedback_init, torch.initial_seed() if seed is None else seed)
         self.points: list[ControlPoint] = find_points(module, *self._scope)
         self.structure: Structure | None = None
         """What the forward passes have shown; None before the first."""
-        self.kind: Direct | Layerwise | None = None
-        """What feedback weights there are."""
-        self.feedback: list[nn.Parameter] = []
-        self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        """The mean of a tensor over processes, for feedback weights that start from activity."""
         self._layers = list(self.points)
         self._trainable = self._trainable_now()
-        self._before: dict[str, nn.Parameter] = {}  # feedback weights from when other parameters could learn
         self._outputs_at: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass."""
         return self.module(*args, **kwargs)
+
+    @property
+    def feedback(self) -> list[nn.Parameter]:
+        """The feedback weights, one a point; none before they are made."""
+        return self.weights.values
+
+    @property
+    def seed(self) -> int:
+        """Seed of random feedback weights."""
+        return self.weights.seed
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -212,10 +216,10 @@ class ControlledNetwork:
         trainable = self._trainable_now()
         if trainable == self._trainable:
             return
-        self._before |= {p.name: q for p, q in zip(self.points, self.feedback)}
+        self.weights.set_aside(self.points)
         self.points = find_points(self.module, *self._scope)
         self._layers, self._trainable = list(self.points), trainable
-        self.structure, self.feedback = None, []
+        self.structure = None
 
     def _watch(self, at_output: AtOutput) -> KnownChain | Recorder:
         links = None if self.structure is None else self.structure.chains.get(self.module.training)
@@ -251,8 +255,8 @@ class ControlledNetwork:
         outputs, shapes = frame[record.output].shape[1], tuple(recording.shapes)
         if self.feedback:  # loaded before
             by_name = {p.name: q for p, q in zip(self.points, self.feedback)}
-            self.feedback = [by_name[p.name] for p in points]
-        if self.feedback and isinstance(self.kind, Direct):
+            self.weights.values = [by_name[p.name] for p in points]
+        if self.feedback and isinstance(self.weights.kind, Direct):
             ports = ports_of(points, shapes, outputs, self.feedback)
         else:
             ports = port_layout(points, shapes, outputs, self.conv_feedback)
@@ -277,34 +281,7 @@ class ControlledNetwork:
             forward: a pass of this network.
             kind: what feedback weights are needed; None for those that there are.
         """
-        kind = kind or self.kind or Direct()
-        if not self.feedback or type(kind) is not type(self.kind):
-            with torch.no_grad(), torch.autocast(forward.output.device.type, enabled=False):
-                values = self._made(kind, forward)
-            before = self._before if type(kind) is type(self.kind) else {}
-            self.kind, self.feedback = (
-                kind,
-                [
-                    had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
-                    for p, q in zip(self.points, values)
-                ],
-            )
-            self._before = {}
-        for q in self.feedback:  # the module may have moved since
-            if q.device != forward.output.device or q.dtype != self.dtype:
-                q.data = q.data.to(forward.output.device, self.dtype)
-        return forward.with_feedback([q.detach() for q in self.feedback])
-
-    def _made(self, kind: Direct | Layerwise, forward: ForwardPass) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        if isinstance(kind, Direct):
-            return [self.average(q) for q in initial_direct(self.feedback_init or kind.init, forward, generator)]
-        return [
-            initial_layerwise(kind.init, point.weight.to(self.dtype), generator)
-            if point.weight is not None
-            else forward.output.new_empty(0)
-            for point in self.points
-        ]
+        return self.weights.bind(forward, self.points, kind)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The feedback weights by the names of their layers; none before they are made."""
@@ -328,13 +305,12 @@ class ControlledNetwork:
         """
         if len(state) == 0 and not self.feedback:
             return
-        kind = kind or self.kind or Direct()
+        kind = kind or self.weights.kind or Direct()
         shapes = [tuple(q.shape) for q in self.feedback] if self.feedback and self.structure is not None else None
         points = self.points if self.structure is None else list(self.structure.points)
-        order = in_order(state, points, kind, shapes)
-        self.points, self.kind = order, kind
-        self.feedback = [nn.Parameter(state[p.name].clone().to(p.parameters[0].device, self.dtype)) for p in order]
-        self._outputs_at = (len(order) - 1,) if outputs_at is None else tuple(outputs_at)
+        self.points = in_order(state, points, kind, shapes)
+        self.weights.load(state, kind, self.points, self.dtype)
+        self._outputs_at = (len(self.points) - 1,) if outputs_at is None else tuple(outputs_at)
 
 
 class _OutputReached(BaseException):

@@ -1,14 +1,72 @@
-"""Saved feedback weights: whose they are."""
+"""The feedback weights of a network: made when a rule first needs them, kept, saved and loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.network.initial_feedback import FeedbackInit, initial_direct, initial_layerwise
 from dfc_lightning.network.learning_rule import Direct, Layerwise
+from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.recording.points import ControlPoint
+
+Kind = Direct | Layerwise
+
+
+class FeedbackWeights:
+    """One feedback weight a control point: Q_i, (n_i, n_L), or B_i in the shape of W_i, empty where there is no W_i.
+
+    Args:
+        init: initial direct feedback weights; None for what the rule that first needs them is meant to have.
+        seed: seed of random ones.
+    """
+
+    def __init__(self, init: FeedbackInit | None, seed: int) -> None:
+        self.init, self.seed = init, seed
+        self.kind: Kind | None = None
+        self.values: list[nn.Parameter] = []
+        self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """The mean of a tensor over processes, for feedback weights that start from activity."""
+        self._set_aside: dict[str, nn.Parameter] = {}
+
+    def bind(self, forward: ForwardPass, points: Sequence[ControlPoint], kind: Kind | None) -> ForwardPass:
+        """The pass bound to the feedback weights as they are now, made if there are none of that kind yet."""
+        kind, output = kind or self.kind or Direct(), forward.output
+        if not self.values or type(kind) is not type(self.kind):
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                made = self._made(kind, forward, points)
+            before = self._set_aside if type(kind) is type(self.kind) else {}
+            self.kind, self._set_aside = kind, {}
+            self.values = [
+                had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
+                for p, q in zip(points, made)
+            ]
+        for q in self.values:  # the module may have moved since
+            if q.device != output.device or q.dtype != output.dtype:
+                q.data = q.data.to(output)
+        return forward.with_feedback([q.detach() for q in self.values])
+
+    def _made(self, kind: Kind, forward: ForwardPass, points: Sequence[ControlPoint]) -> list[Tensor]:
+        generator, output = torch.Generator().manual_seed(self.seed), forward.output
+        if isinstance(kind, Direct):
+            return [self.average(q) for q in initial_direct(self.init or kind.init, forward, generator)]
+        return [
+            output.new_empty(0) if p.weight is None else initial_layerwise(kind.init, p.weight.to(output), generator)
+            for p in points
+        ]
+
+    def set_aside(self, points: Sequence[ControlPoint]) -> None:
+        """Have none any more, but take up again those of points that there will still be."""
+        self._set_aside |= {p.name: q for p, q in zip(points, self.values)}
+        self.values = []
+
+    def load(self, state: Mapping[str, Tensor], kind: Kind, order: Sequence[ControlPoint], dtype: torch.dtype) -> None:
+        """Take over saved feedback weights for points in that order."""
+        self.kind = kind
+        self.values = [nn.Parameter(state[p.name].clone().to(p.parameters[0].device, dtype)) for p in order]
 
 
 def in_order(

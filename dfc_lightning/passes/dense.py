@@ -18,6 +18,7 @@ from torch import Tensor
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.operations.operation import constant
+from dfc_lightning.passes.closed_forms import jacobians, output_gain
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
 
@@ -309,37 +310,3 @@ def as_dense(forward: ForwardPass, what: str, instead: str) -> DensePass:
 @as_dense.register
 def _(forward: DensePass, what: str, instead: str) -> DensePass:
     return forward
-
-
-# Closed forms of weights, feedback weights and slopes
-
-
-def columns(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor], layers: int) -> Tensor:
-    """K of layer number ``layers``, transposed, (B, n_L, n): K_1 = Q_1, K_i = Q_i + W_i D_{i−1} K_{i−1}.
-
-    The n_L columns of K ride through each layer as rows of the batch.
-    """
-    found = feedback[0].T.expand(slopes[0].shape[0], -1, -1)
-    for w, q, d in zip(weights[1:layers], feedback[1:], slopes):
-        found = torch.matmul(found * d.unsqueeze(1), w.T).add_(q.T)
-    return found
-
-
-def output_gain(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """JQ = D_L K_L, (B, n_L, n_L)."""
-    return (columns(weights, feedback, slopes, len(weights)) * slopes[-1].unsqueeze(1)).transpose(1, 2)
-
-
-def hidden_gain(weights: Sequence[Tensor], feedback: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """N = D_{L−1} K_{L−1}, (B, n_{L−1}, n_L): what a unit of control makes of the rates before the output layer."""
-    return (columns(weights, feedback, slopes, len(weights) - 1) * slopes[-2].unsqueeze(1)).transpose(1, 2)
-
-
-def jacobians(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-    """J_i, one (B, n_L, n_i) a layer: J_L = D_L, J_i = J_{i+1} W_{i+1} D_i."""
-    product = torch.diag_embed(slopes[-1])
-    found = [product]
-    for w, d in zip(reversed(weights[1:]), reversed(slopes[:-1])):
-        product = torch.matmul(product, w).mul_(d.unsqueeze(1))
-        found.append(product)
-    return found[::-1]

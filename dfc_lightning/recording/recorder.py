@@ -181,8 +181,8 @@ def not_reached(names: list[str], some: bool, beside: bool) -> ControlError:
     """
     if not some and beside:
         return ControlError(
-            "The network was called without gradients alone, as under torch.no_grad() or in inference mode, so that the "
-            "loss does not depend on what it has learned. Call it once with gradients in training_step."
+            "The network was called without gradients alone, as under torch.no_grad() or in inference mode: the loss "
+            "does not depend on it, and nothing can be learned. Call it once with gradients in training_step."
         )
     if not some:
         return ControlError(

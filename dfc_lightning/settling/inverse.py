@@ -7,7 +7,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dfc_lightning.passes.dense import DensePass, jacobians
+from dfc_lightning.passes.closed_forms import jacobians
+from dfc_lightning.passes.dense import DensePass
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.broyden import DenseInverse, Inverse, StoredSteps
 

@@ -12,7 +12,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from dfc_lightning.passes.dense import DenseDeviation, DensePass, hidden_gain
+from dfc_lightning.passes.closed_forms import hidden_gain
+from dfc_lightning.passes.dense import DenseDeviation, DensePass
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.settling.broyden import Root, StoredSteps, find_root
 from dfc_lightning.settling.equation import Equation

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,21 +23,13 @@ from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.rules.dfc import DFC
-from dfc_lightning.training.checkpoint import (
-    CHECKPOINT_KEY,
-    optimizers_checked,
-    read_checkpoint,
-    rehearse,
-    rehearse_trainer,
-)
 from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
+from dfc_lightning.training.in_step import InStep
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
     DFCOptimizerLoop,
     as_trained_on,
     fast_forward,
-    leave_by_sigterm,
-    note_sigterm,
     silenced,
     step_arguments,
     training_batches,
@@ -64,7 +53,7 @@ BY_THE_RULE = FeedbackLearning(initial_passes=0, passes_per_epoch=0, clip_norm=N
 """How feedback weights learn that a rule has updates for, where the user says nothing else."""
 
 
-class ControlledTraining(Strategy):
+class ControlledTraining(InStep):
     """A strategy whose ``loss.backward()`` leaves a rule's update in ``.grad``, to be mixed with one of Lightning's."""
 
     def __init__(
@@ -116,10 +105,7 @@ class ControlledTraining(Strategy):
         self.learner: FeedbackLearner | None = None
         self.stages: FeedbackStages | None = None
         self.lesson: Lesson | None = None
-        self._trainer: pl.Trainer | None = None
         self._known = False  # whether a batch has been run, by which the network is known
-        self._told = False  # whether this process, of several, was told to terminate
-        self._before_loading: dict[str, Any] | None = None  # the module's state, until a checkpoint is loaded
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
@@ -163,7 +149,7 @@ class ControlledTraining(Strategy):
         elif seed is None:
             seed = self.broadcast(torch.initial_seed())
         self.network, self._known = self._controlled(module, self.feedback_init, seed), False
-        self.network.average = self.reduce
+        self.network.weights.average = self.reduce
         self._set_up_feedback(self.network)
 
     def _controlled(
@@ -184,37 +170,6 @@ class ControlledTraining(Strategy):
         assert self._trainer is not None
         return Ranks(self._trainer.global_rank, self._trainer.world_size, self.reduce)
 
-    def _on_any(self, conditions: Sequence[bool]) -> list[bool]:
-        """Which of them hold in any process; asked in step, so that all do the same, and leave together if told to."""
-        trainer = self._trainer
-        assert trainer is not None
-        told = [self._told or trainer.received_sigterm, *conditions]
-        if trainer.world_size > 1:
-            asked = torch.tensor(told, dtype=torch.float, device=self.root_device)
-            told = [bool(answer) for answer in self.reduce(asked, reduce_op="max")]
-        if told[0]:
-            leave_by_sigterm(trainer)
-        return told[1:]
-
-    def _watch_for_sigterm(self) -> None:
-        def note() -> None:
-            self._told = True
-
-        if self._trainer is not None and self._trainer.world_size > 1:
-            note_sigterm(self._trainer, note)
-
-    @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            self._watch_for_sigterm()  # a sanity check comes before training starts
-
-    @override
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if self._trainer is not None and self._trainer.world_size > 1:
-            self._on_any([])
-
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         try:
@@ -228,7 +183,6 @@ class ControlledTraining(Strategy):
     def on_train_start(self) -> None:
         assert self._trainer is not None
         super().on_train_start()
-        self._before_loading = None
         self._watch_for_sigterm()
         refuse_loader_iterator(self._trainer)
         fast_forward(self._trainer)
@@ -341,73 +295,6 @@ class ControlledTraining(Strategy):
         if metrics and logs_at(self._trainer, steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
             log(self._trainer, {**named, "feedback/step": float(steps)}, self._trainer.global_step, steps)
-
-    # Checkpoints
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.network is not None:
-            checkpoint[CHECKPOINT_KEY] = {
-                "seed": self.network.seed,
-                "feedback": self.network.state_dict(),
-                "outputs_at": list(self.network.outputs_at),
-                "learner": None if self.learner is None else self.learner.state_dict(),
-                "stages": None if self.stages is None else self.stages.progress.state_dict(),
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read_checkpoint(super().load_checkpoint, checkpoint_path, *args, **kwargs)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        module = self.lightning_module
-        assert module is not None
-        fitting = module.trainer.state.fn == TrainerFn.FITTING
-        rehearse_trainer(checkpoint, module.trainer, fitting)
-        if fitting:
-            if checkpoint.get(CHECKPOINT_KEY) is not None:
-                rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.rule, self.learning)
-            self._before_loading = copy.deepcopy(module.state_dict())
-        if isinstance(self.precision_plugin, DoublePrecision):
-            self.precision_plugin.convert_module(module)  # Lightning does so later, and the weights would be rounded
-        super().load_model_state_dict(checkpoint, strict)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        if self._before_loading is not None and self.lightning_module is not None:
-            self.lightning_module.load_state_dict(self._before_loading)  # nothing of what could not be loaded whole
-        super().on_exception(exception)
-
-    @override
-    def teardown(self) -> None:
-        self._before_loading = None
-        super().teardown()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._trainer is not None
-        with optimizers_checked(checkpoint, self._trainer):
-            super().load_optimizer_state_dict(checkpoint)
-        state = checkpoint.get(CHECKPOINT_KEY)
-        assert self.lightning_module is not None
-        if state is None:
-            self._take_control(self.lightning_module)
-            rank_zero_info("The checkpoint holds no feedback weights: they start anew, with the initial passes.")
-            return
-        if len(state["feedback"]) == 0:  # saved before the first forward pass, which sets them
-            self._take_control(self.lightning_module, state["seed"])
-        else:
-            assert self.network is not None
-            self.network.load_state_dict(state["feedback"], self.rule.feedback, state.get("outputs_at"))
-            if self.seed is None:
-                self.network.seed = state["seed"]
-            self._set_up_feedback(self.network)
-        if state["learner"] is not None and self.rule.feedback is not None:
-            self._descending().load_state_dict(state["learner"])
-        if self.stages is not None and state["stages"] is not None:
-            self.stages.progress.load_state_dict(state["stages"])
 
 
 class _BatchSkipped(Exception):

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from typing_extensions import override
 
-from dfc_lightning.training.controlled import ControlledTraining
+from dfc_lightning.training.resuming import ResumableTraining
 
 
-class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
+class DFCStrategy(ResumableTraining, SingleDeviceStrategy):
     """Trains on one device by a rule that replaces backpropagation.
 
     The module stays as it is: its ``training_step`` returns a loss, its optimizer and schedulers do what they do.
@@ -49,7 +49,7 @@ class DFCStrategy(ControlledTraining, SingleDeviceStrategy):
         self._root_device = torch.device(devices[0])
 
 
-class DFCDDPStrategy(ControlledTraining, DDPStrategy):
+class DFCDDPStrategy(ResumableTraining, DDPStrategy):
     """Trains on several devices, a process each, as :class:`DFCStrategy` does on one.
 
     Forward updates are averaged in DistributedDataParallel's own buckets, the feedback weights' gradients in one flat

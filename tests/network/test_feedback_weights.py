@@ -83,7 +83,7 @@ def test_rules_without_feedback_weights_make_none_and_form_no_jacobian_for_any(n
             loss.backward()
     if isinstance(rule, MinimumNorm):
         loss.backward()
-    assert net.feedback == [] and net.state_dict() == {} and net.kind is None
+    assert net.feedback == [] and net.state_dict() == {} and net.weights.kind is None
     assert len(lesson.forward.feedback) == 0
     assert all(p.grad.any() for p in module.parameters())
 
@@ -98,7 +98,7 @@ def test_direct_feedback_weights_are_made_by_the_first_pass_that_needs_them(name
     assert net.feedback == []
     step(net, rule, x, y)
     shapes = [(v[0].numel(), 3) for v in net.observe(x).v]
-    assert [tuple(q.shape) for q in net.feedback] == shapes and isinstance(net.kind, Direct)
+    assert [tuple(q.shape) for q in net.feedback] == shapes and isinstance(net.weights.kind, Direct)
     before = net.state_dict()
     step(net, rule, x, y)
     assert all(torch.equal(before[k], q) for k, q in net.state_dict().items())
@@ -127,7 +127,7 @@ def test_layerwise_feedback_weights_have_the_shapes_of_the_weights(name, general
         monkeypatch.setattr(kind, "_jacobians", lambda self: pytest.fail("a Jacobian is formed"))
     net = ControlledNetwork(module, seed=0, general=general)
     step(net, rule, x, y)
-    assert isinstance(net.kind, Layerwise)
+    assert isinstance(net.weights.kind, Layerwise)
     for point, b in zip(net.points, net.feedback, strict=True):
         w = point.weight.detach()
         assert b.shape == w.shape and b.dtype == w.dtype

@@ -40,6 +40,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "test"])
 @pytest.mark.parametrize("named", HYPERPARAMETERS)
 def test_hyperparameters_name_no_class(command, named, last, tmp_path, monkeypatch, capsys):
@@ -52,6 +53,7 @@ def test_hyperparameters_name_no_class(command, named, last, tmp_path, monkeypat
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [[], ["--trainer.strategy=auto"]], ids=["dfc", "auto"])
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_an_address_runs_no_code(command, strategy, last, served, tmp_path):  # noqa: F811

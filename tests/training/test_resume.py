@@ -131,6 +131,7 @@ class Fragile(Dataset):
         return self.data[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [2.5, 7.5, 12.5, 18.5, 24.5])
 def test_raised_in_the_data(batches, straight, tmp_path):
     path = interrupted(tmp_path, data=loader(Fragile(int(batches * BATCH))))
@@ -185,6 +186,7 @@ def test_from_the_checkpoints_of_a_callback(every, straight, tmp_path):
         assert not differing(run(str(path)), straight), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2 * PASS + 3, 3 * PASS - 1, 4 * PASS + 2])
 def test_with_feedback_steps_between_batches(call, tmp_path):
     learning = FeedbackLearning(method=SHORT, every_n_batches=2)

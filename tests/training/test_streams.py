@@ -197,6 +197,7 @@ class Listed(IterableDataset):
         return iter(list(DATA))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [0, 3, 9, 20, 31, 36])
 def test_a_stream_is_resumed_exactly(call, tmp_path):
     learning = FeedbackLearning(method=SHORT, initial_passes=2, passes_per_epoch=1, max_batches=5, every_n_batches=2)
