@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import MeanMetric, Metric
 
 
-class History(Callback):
+class HistoryFile(Callback):
     """Keeps every epoch's figures, those of the test set among them, in checkpoints and in ``metrics.csv``.
 
     Training does not notice: the test set passes through ``test_step`` with the generators left as they were.

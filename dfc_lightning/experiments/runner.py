@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 import dfc_lightning
 from dfc_lightning.experiments.checkpoints import newest_whole
 from dfc_lightning.experiments.errors import Stopped
-from dfc_lightning.experiments.history import EpochOrder, History
+from dfc_lightning.experiments.history import EpochOrder, HistoryFile
 from dfc_lightning.experiments.ledger import Ledger, LedgerError, Result
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.recipe import Recipe
@@ -106,7 +106,7 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
         def after_fit(self) -> None:
             """Every epoch has been tested already."""
 
-    history, last = History(folder), newest_whole(folder / "checkpoints")
+    history, last = HistoryFile(folder), newest_whole(folder / "checkpoints")
     options = [
         f"--config={run.recipe.path}",
         *(f"--{override}" for override in run.overrides),
@@ -155,7 +155,7 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
 class _Progress(Callback):
     """Tells how many epochs are complete."""
 
-    def __init__(self, history: History, on_epoch: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(self, history: HistoryFile, on_epoch: Callable[[int, dict[str, float]], None]) -> None:
         self.history, self.on_epoch = history, on_epoch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

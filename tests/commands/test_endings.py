@@ -87,7 +87,6 @@ def test_a_fit_names_the_checkpoint_to_go_on_from(capsys, monkeypatch):
 
 
 def test_a_signal_in_the_last_batch_ends_the_campaign_after_noting_the_run(capsys, monkeypatch):
-    from dfc_lightning.experiments.history import History
 
     def stop(self, trainer, module):
         os.kill(os.getpid(), signal.SIGTERM)

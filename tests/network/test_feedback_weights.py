@@ -23,7 +23,7 @@ from dfc_lightning import (
     MinimumNorm,
     Update,
 )
-from dfc_lightning.network import controlled_network
+from dfc_lightning.network import feedback_weights
 from dfc_lightning.passes import DensePass, RecordedPass
 
 nets = pytest.mark.parametrize("name", NETS)
@@ -71,8 +71,8 @@ def test_rules_without_feedback_weights_make_none_and_form_no_jacobian_for_any(n
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("formed without need")
 
-    monkeypatch.setattr(controlled_network, "initial_direct", never)
-    monkeypatch.setattr(controlled_network, "initial_layerwise", never)
+    monkeypatch.setattr(feedback_weights, "initial_direct", never)
+    monkeypatch.setattr(feedback_weights, "initial_layerwise", never)
     net = ControlledNetwork(module, feedback_init=init)
     with monkeypatch.context() as patch:
         for kind in (DensePass, RecordedPass):
@@ -159,9 +159,9 @@ def test_saved_feedback_weights_come_back(name, rule, seen):
             q.mul_(1.5)
     if seen:
         step(target, rule, x, y)
-    target.load_state_dict(source.state_dict(), source.kind, source.outputs_at)
+    target.load_state_dict(source.state_dict(), source.weights.kind, source.outputs_at)
     step(target, rule, x, y)
-    assert type(target.kind) is type(source.kind)
+    assert type(target.weights.kind) is type(source.weights.kind)
     assert list(target.state_dict()) == list(source.state_dict())
     assert all(map(torch.equal, target.feedback, source.feedback))
     assert tuple(target.outputs_at) == tuple(source.outputs_at)
