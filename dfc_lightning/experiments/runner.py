@@ -25,6 +25,7 @@ from dfc_lightning.experiments.history import EpochOrder, HistoryFile
 from dfc_lightning.experiments.ledger import Ledger, LedgerError, Result
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.recipe import Recipe
+from dfc_lightning.experiments.recipe_cli import RecipeCLI
 
 
 class Claimed(Exception):
@@ -100,7 +101,6 @@ def _noted(result: Result, folder: Path, ledger: Ledger) -> Result:
 
 def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], None]) -> tuple[Result, bool]:
     """The result, and whether the process was asked to end too late to stop the run."""
-    from dfc_lightning.cli import RecipeCLI  # which imports the commands, and so this module
 
     class Fit(RecipeCLI):
         def after_fit(self) -> None:

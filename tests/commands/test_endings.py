@@ -87,11 +87,12 @@ def test_a_fit_names_the_checkpoint_to_go_on_from(capsys, monkeypatch):
 
 
 def test_a_signal_in_the_last_batch_ends_the_campaign_after_noting_the_run(capsys, monkeypatch):
+    from dfc_lightning.experiments.history import HistoryFile
 
     def stop(self, trainer, module):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(History, "on_train_end", stop)
+    monkeypatch.setattr(HistoryFile, "on_train_end", stop)
     code, said = ended(capsys, [*REPRODUCE[:-2], "--seeds=3", "--epochs=1", "--runs=runs"])
     assert code == 143 and "stopped by SIGTERM" in said
     assert [r.seed for r in Ledger("results").read()] == [0]

@@ -1,0 +1,247 @@
+"""Lightning's command line for recipes: ``dfc fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+# Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
+from dfc_lightning import data, models, settling  # noqa: F401
+from dfc_lightning.experiments.checkpoints import require_checkpoint
+from dfc_lightning.experiments.composition import BASE, composed
+from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
+from dfc_lightning.experiments.published import Published
+from dfc_lightning.experiments.reading import CompositionError, check_bounds, parse_settings
+from dfc_lightning.experiments.versions import claim_version
+
+
+class RecipeParser(LightningArgumentParser):
+    """Takes options by their full names only, and says what is wrong without a page of usage before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Parse a config, laid over its bases; relative to the working directory, which is the file's meanwhile."""
+        name = str(path) or "the config"
+        try:
+            tree = parse_settings(content, name)
+            if isinstance(tree, dict) and BASE in tree:
+                content = yaml.safe_dump(composed(tree, ".", name), sort_keys=False)
+        except CompositionError as error:
+            self.error(str(error), error)
+        return super().parse_string(content, path, *args, **kwargs)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config's file."""
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"--config={cfg_path}: it is no text ({error.reason}); give a recipe in YAML.", error)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(ex, "subcommand_parser", None) or self
+        program = command.prog.replace(" [options]", "")
+        self.exit(2, f"error: {_without_branches(message)}\ntip: {program} --help lists the options.\n")
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line, with ``fit`` ending in a test at the best validation epoch.
+
+    Args:
+        args: what follows the command's name; None for that of the process.
+        callbacks: callbacks beside the config's.
+        exit_on_error: whether a refused option ends the process, or is raised as a :class:`RecipeError`.
+        description: what ``--help`` says of the command.
+    """
+
+    def __init__(
+        self,
+        args: ArgsType = None,
+        callbacks: Sequence[Callback] = (),
+        exit_on_error: bool = True,
+        description: str = "Train by Deep Feedback Control and other learning rules.",
+    ) -> None:
+        self._failure: Exception | None = None
+        self._claimed: list[Path] = []
+        every = {name: {"exit_on_error": exit_on_error} for name in self.subcommands()}
+        with self._ending(), _bounded_reading():
+            super().__init__(
+                pl.LightningModule,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": list(callbacks)},
+                seed_everything_default=0,
+                parser_kwargs={"prog": "dfc", "exit_on_error": exit_on_error, "description": description} | every,
+                parser_class=RecipeParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=args,
+                auto_configure_optimizers=False,
+            )
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Say which option is refused and, where a signal stops the run, what to go on from."""
+        try:
+            yield
+        except ArgumentError as error:
+            raise RecipeError(_without_branches(str(error))) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            number = stopping_signal(error)
+            if number is None:
+                raise
+            raise Stopped(number, _last_checkpoint(getattr(self, "trainer", None))) from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let a recipe say what it should reach."""
+        parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and see that the checkpoint can be opened, which Lightning does next, for its hyperparameters."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            require_checkpoint(Path(path))
+
+    def _parse_ckpt_path(self) -> None:
+        """Let no checkpoint choose, by its hyperparameters, what is imported: the config says all."""
+
+    def before_instantiate_classes(self) -> None:
+        """See which class refuses its arguments; let no checkpoint run code; give each run's logger its own folder."""
+        options = self.config[self.subcommand]
+        if options.get("weights_only", True) is None:
+            options["weights_only"] = True
+
+        def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return class_type(*args, **self._versioned(class_type, kwargs))
+            except Exception as error:
+                self._failure = error
+                raise
+
+        self.parser.add_instantiator(build, object)
+
+    def _versioned(self, class_type: type, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A logger's arguments, its version claimed now: left to the logger, two runs begun at once would share it."""
+        if not issubclass(class_type, (CSVLogger, TensorBoardLogger)) or arguments.get("version") is not None:
+            return arguments
+        save_dir = str(arguments.get("save_dir", ""))
+        if self.config[self.subcommand].trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) or "://" in save_dir:
+            return arguments
+        root = Path(save_dir) / (arguments.get("name", "lightning_logs") or "")
+        number = claim_version(root)
+        self._claimed.append(root / f"version_{number}")
+        return {**arguments, "version": number}
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; arguments they refuse end the command with code 2."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            for folder in self._claimed:
+                folder.rmdir()
+            if isinstance(self._failure, OSError):  # wrapped by the parser as a refused value
+                raise self._failure from error
+            if not isinstance(error, (ValueError, MisconfigurationException)):
+                raise
+            cause: BaseException = self._failure or error
+            while self._failure is None and cause.__cause__ is not None:
+                cause = cause.__cause__
+            if not isinstance(cause, (ValueError, MisconfigurationException, ImportError)):
+                raise
+            self._parser(self.subcommand).error(self._with_option(str(cause)))
+
+    def _with_option(self, message: str) -> str:
+        """Put the option's full name before a message that begins with ``argument=value``."""
+        named = re.match(r"(\w+)=(\S+)", message)
+        if named is None:
+            return message
+        given = self.config[self.subcommand].items()
+        options = [key for key, value in given if key.endswith(f".{named[1]}") and repr(value) == named[2]]
+        return f"--{options[0]}: {message}" if options else message
+
+    def after_fit(self) -> None:
+        """Test the checkpoint of the best validation epoch, or else the final weights."""
+        expected: Published | None = self._get(self.config_init, "expected")
+        trained = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        last = self.trainer.current_epoch - 1
+        loaders = [source for source in (self.datamodule, self.model) if is_overridden("test_dataloader", source)]
+        if not loaders or not is_overridden("test_step", self.model):
+            return
+        best = _best_checkpoint(self.trainer)
+        path = None if best is None else best.best_model_path
+        results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
+        if not self.trainer.is_global_zero or not results or not results[0]:
+            return
+        figures, when = results[0], "final weights"
+        if best is not None and path is not None and best.best_model_score is not None:
+            epoch = self.trainer.strategy.checkpoint_io.load_checkpoint(path)["epoch"]
+            when = f"best validation epoch {epoch}, {best.monitor} {float(best.best_model_score):.4g}"
+            headline = str(best.monitor).replace("val", "test", 1)
+            figures = {headline: figures[headline]} if headline in figures else figures
+        if expected is not None and expected.metric in trained:  # a figure of training has no best validation epoch
+            figures, when = {expected.metric: trained[expected.metric]}, f"epoch {last}"
+        reached = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{reached} ({when})" + (f"; published {expected}" if expected and expected.metric in figures else ""))
+
+
+@contextmanager
+def _bounded_reading() -> Iterator[None]:
+    """Hold files that options name, and options themselves, to the bounds of recipes."""
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def bounded(text: str) -> Any:
+        check_bounds(text, "a file or an option")
+        return load(text)
+
+    set_loader("yaml", bounded, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
+
+
+def _without_branches(message: str) -> str:
+    """Shorten a report on every branch of nested unions to the option and the reason, where these are plain."""
+    options = re.findall(r'Parser key "([^"]+)"', message)
+    scaffold = (
+        r"$|Parser key|Does not validate|Subtypes:|Errors:|Problem with given|Given value|Expected a <class '\w+'>$"
+    )
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    reasons = list(dict.fromkeys(line for line in lines if not re.match(scaffold, line)))
+    return f"--{'.'.join(options)}: {'; '.join(reasons)}" if options and 1 <= len(reasons) <= 2 else message
+
+
+def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """The first checkpoint callback that monitors a metric and has kept a best one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return callback
+    return None
+
+
+def _last_checkpoint(trainer: pl.Trainer | None) -> str | None:
+    """The newest of the files that checkpoint callbacks have kept."""
+    kept = [callback for callback in (trainer.checkpoint_callbacks if trainer else ())]
+    paths = [getattr(callback, name, "") for callback in kept for name in ("last_model_path", "best_model_path")]
+    there = [path for path in paths if path and Path(path).is_file()]
+    return max(there, key=lambda path: Path(path).stat().st_mtime, default=None)
