@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -34,6 +35,7 @@ class ResumableTraining(ControlledTraining):
                 "seed": self.network.seed,
                 "feedback": self.network.state_dict(),
                 "outputs_at": list(self.network.outputs_at),
+                "trainable": [n for n, p in self.network.module.named_parameters() if p.requires_grad],
                 "learner": None if self.learner is None else self.learner.state_dict(),
                 "stages": None if self.stages is None else self.stages.progress.state_dict(),
             }
@@ -51,6 +53,7 @@ class ResumableTraining(ControlledTraining):
         rehearse_trainer(checkpoint, module.trainer, fitting)
         if fitting:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
+                _as_trainable(module, checkpoint[CHECKPOINT_KEY])
                 rehearse(checkpoint[CHECKPOINT_KEY], self._controlled(module), self.rule, self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
         if isinstance(self.precision_plugin, DoublePrecision):
@@ -96,3 +99,18 @@ class ResumableTraining(ControlledTraining):
     def on_train_start(self) -> None:
         self._before_loading = None
         super().on_train_start()
+
+
+def _as_trainable(module: pl.LightningModule, state: Any) -> None:
+    """Let those parameters learn that did when a checkpoint was saved: a callback may have unfrozen some by then."""
+    names = state.get("trainable") if isinstance(state, Mapping) else None
+    if names is None:
+        return
+    changed = [(n, p) for n, p in module.named_parameters() if p.requires_grad != (n in names)]
+    for _, parameter in changed:
+        parameter.requires_grad_(not parameter.requires_grad)
+    if changed:
+        rank_zero_info(
+            f"{len(changed)} parameters are frozen or unfrozen as when the checkpoint was saved: "
+            f"{', '.join(n for n, _ in changed[:4])}{' …' if len(changed) > 4 else ''}."
+        )
