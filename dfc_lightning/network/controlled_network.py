@@ -20,7 +20,7 @@ from dfc_lightning.passes.dense import DensePass, Layers
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.recorded import RecordedPass
 from dfc_lightning.recording.dense_chain import dense_chain
-from dfc_lightning.recording.independence import check_samples_are_independent
+from dfc_lightning.recording.independence import check_named_modules_repeat, check_samples_are_independent
 from dfc_lightning.recording.known_chain import KnownChain
 from dfc_lightning.recording.points import ControlPoint, find_points, scope_of
 from dfc_lightning.recording.recorder import Recorder, Recording
@@ -52,8 +52,9 @@ class ControlledNetwork:
             ``"dense"``, C·H·W·n_L weights; ``"channel"``, C·n_L weights, all positions hearing the same; ``"auto"``,
             dense up to ``DENSE_FEEDBACK_UP_TO`` weights a point.
         general: treat a chain as any other network, without its closed forms.
-        extra_points: names of submodules of other kinds whose output, as a whole, is a control point too. Each is
-            called with one tensor, and once more for its update, as :class:`NamedSegment` says.
+        extra_points: names of submodules, of any kind, whose output, as a whole, is a control point. Each returns a
+            tensor, or a tuple whose first is meant, and is called once more for its update, as
+            :class:`NamedSegment` says.
 
     Raises:
         ControlError: the module cannot be controlled; the message says why and what to do.
@@ -234,7 +235,7 @@ class ControlledNetwork:
 
     def _see(self, recording: Recording) -> ForwardPass:
         """The recorded pass; what it shows of the network is taken over, or must be as before."""
-        record, frame, points = recording
+        record, frame, points, bare = recording
         names, training = [p.name for p in points], self.module.training
         structure = self.structure
         if structure is not None:
@@ -242,7 +243,8 @@ class ControlledNetwork:
         if structure is None or training not in structure.chains:
             with torch.no_grad(), torch.autocast(frame[record.output].device.type, enabled=False):
                 check_samples_are_independent(record, frame)
-                chain = None if self.general else dense_chain(record, frame)
+                check_named_modules_repeat(record, frame)
+                chain = dense_chain(record, frame) if bare and not self.general else None
             self.structure = structure = (structure or self._first(recording)).with_mode(training, chain)
         links = structure.chains[training]
         if links is None:
@@ -251,7 +253,7 @@ class ControlledNetwork:
         return self._dense([link.nonlinearity for link in links], heard, [frame[p.target] for p in record.passages])
 
     def _first(self, recording: Recording) -> Structure:
-        record, frame, points = recording
+        record, frame, points, _ = recording
         outputs, shapes = frame[record.output].shape[1], tuple(recording.shapes)
         if self.feedback:  # loaded before
             by_name = {p.name: q for p, q in zip(self.points, self.feedback)}

@@ -169,8 +169,20 @@ def operation(call: Call) -> Operation:
     return Operation(*call.parts) if found is None else found
 
 
+DROPOUT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "dropout_", "feature_dropout", "feature_dropout_")
+
+
+def dropped(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a call of dropout is given, if it draws a mask."""
+    if getattr(function, "__name__", "") not in DROPOUT:
+        return None
+    given = named(function, args, kwargs)
+    return given["input"] if given.get("training", given.get("train", True)) else None  # type: ignore[no-any-return]
+
+
 # Calls that no pass can make again
 
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _RANDOM = {"gumbel_softmax", "bernoulli", "bernoulli_", "multinomial", "poisson", "normal_", "uniform_"}
 _RANDOM_BY: dict[str, tuple[str, ...]] = {
     "scaled_dot_product_attention": ("dropout_p",),
@@ -182,6 +194,13 @@ _RANDOM_BY: dict[str, tuple[str, ...]] = {
 def draws_random_numbers(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers, other than dropout."""
     name = getattr(function, "__name__", "")
+    if name in RECURRENT:
+        padded = isinstance(args[3], bool)
+        share, training = args[5:7] if padded else args[6:8]
+        return bool(share and training)
+    if name == "multi_head_attention_forward":
+        given = named(function, args, kwargs)
+        return bool(given["dropout_p"] and given.get("training", True))
     if name in _RANDOM_BY:
         given = named(function, args, kwargs)
         return any(given.get(argument) for argument in _RANDOM_BY[name])

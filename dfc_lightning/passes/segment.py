@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.linear import Weighted
-from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
+from dfc_lightning.operations.operation import Frame, Operation, Slot, constant, filled, slots_in
+from dfc_lightning.operations.recognise import dropped
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -91,16 +94,28 @@ class Segment:
 class NamedSegment:
     """A module of the user's that is a point as a whole: its parameters learn by its own local derivative.
 
-    The module is called again for that: it has to give the same for the same input, and to leave its buffers alone.
+    The module is called again for that, with the buffers and dropout masks that it had: it has to give the same then.
+    Of several tensors it is called with, what it hears is the first; the others are taken as they were feedforward.
 
     Args:
-        module: the module, called with one tensor.
-        heard: slot of what it is called with.
+        module: the module, which returns the voltage, or a tuple of which that is the first.
+        args: its positional arguments, recorded tensors replaced by their slots.
+        kwargs: its keyword arguments, likewise.
+        buffers: its buffers before the call.
+        masks: slots of the masks of dropout in it, in order.
     """
 
     module: nn.Module
-    heard: Slot
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    buffers: dict[str, Tensor]
+    masks: Sequence[Slot] = ()
     layer: ClassVar[None] = None
+
+    @property
+    def heard(self) -> Slot:
+        """Slot of the first tensor that it is called with."""
+        return slots_in((self.args, self.kwargs))[0]
 
     def shift(self, voltage: Tensor) -> Tensor | float:
         """None that is known apart from the rest; see :meth:`Segment.shift`."""
@@ -114,11 +129,39 @@ class NamedSegment:
     def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
         """What each of :attr:`parameters` is taught; see :meth:`Segment.gradients`."""
         with torch.enable_grad():
-            names = [name for name, _ in self.module.named_parameters()]
             leaves = [constant(p, frame.dtype).clone().requires_grad_() for p in self.parameters]
-            made = torch.func.functional_call(self.module, dict(zip(names, leaves)), (heard,))
-            found = torch.autograd.grad(made, leaves, signal, allow_unused=True)
+            found = torch.autograd.grad(self.again(frame, heard, leaves), leaves, signal, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)]
+
+    def again(self, frame: Frame, heard: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """The voltage for what is heard, with other tensors for the parameters."""
+
+        def value(slot: Slot) -> Tensor:
+            return heard if slot == self.heard else frame[slot]
+
+        args, kwargs = filled((self.args, self.kwargs), value, frame.dtype)
+        state = {name: constant(buffer, frame.dtype).clone() for name, buffer in self.buffers.items()}
+        state |= {name: p for (name, _), p in zip(self.module.named_parameters(), parameters)}
+        with _Masking([frame.values[s] for s in self.masks]):
+            made = torch.func.functional_call(self.module, state, tuple(args), kwargs)
+        return made if isinstance(made, Tensor) else made[0]
+
+
+class _Masking(TorchFunctionMode):
+    """Dropout by masks that were drawn before; None for one whose result nothing hears."""
+
+    def __init__(self, masks: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self._masks = iter(masks)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = dropped(func, args, kwargs or {})
+        if given is None:
+            return func(*args, **(kwargs or {}))
+        mask = next(self._masks, None)
+        return given if mask is None else given * mask
 
 
 def _called_with(call: Operation, replaced: dict[int, Tensor | None], x: Tensor, dtype: torch.dtype) -> Tensor:

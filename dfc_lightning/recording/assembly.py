@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +15,10 @@ from dfc_lightning.operations.operation import Frame, Operation
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.operations.rate import Rate
 from dfc_lightning.passes.record import Site
-from dfc_lightning.passes.segment import LAYERS, Segment
+from dfc_lightning.passes.segment import LAYERS, NORMS, Segment
 from dfc_lightning.recording.points import ControlPoint
 
-_NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
+NORMS_BY_NAME = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
 _POOLING = tuple(f"{kind}pool{n}d" for kind in ("max_", "avg_", "adaptive_avg_", "adaptive_max_") for n in (1, 2, 3))
 
 
@@ -41,13 +42,9 @@ def segment_of(point: ControlPoint, passage: Passage, makers: Mapping[int, Opera
     if layer is not None:
         plain = plain and isinstance(layer, Weighted) and _has(layer, point.layer)
     if norm is not None:
-        plain = plain and norm.name in _NORMS and _has(norm, normed)
+        plain = plain and norm.name in NORMS_BY_NAME and _has(norm, normed)
     if not plain:
-        raise ControlError(
-            f"The layer {point.name!r} does more than multiply its input with its weights. Feedback control teaches "
-            "torch's own linear and convolutional layers and normalisations; name it in extra_points=['…'], or freeze "
-            "it with requires_grad_(False)."
-        )
+        raise does_more(point.name)
     return Segment(
         layer if isinstance(layer, Weighted) else None,
         norm,
@@ -58,10 +55,35 @@ def segment_of(point: ControlPoint, passage: Passage, makers: Mapping[int, Opera
     )
 
 
+def does_more(name: str) -> ControlError:
+    """What to say of a layer whose parameters do more than torch's own layers do with them."""
+    return ControlError(
+        f"The layer {name!r} does more than multiply its input with its weights. Feedback control teaches torch's own "
+        f"linear and convolutional layers and normalisations; name it in extra_points=[{name!r}], so that it is "
+        "controlled as a whole, or freeze it with requires_grad_(False)."
+    )
+
+
+def is_own_call(layer: nn.Module, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is what torch's own layer of this kind does with its parameters, as they are."""
+    name = getattr(function, "__name__", "")
+    fits = name in NORMS_BY_NAME if isinstance(layer, NORMS) else name.startswith(("linear", "conv"))
+    return fits and _given(layer, args, kwargs)
+
+
+def uses(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is given a parameter of a layer."""
+    given = {id(value) for value in (*args, *kwargs.values())}
+    return any(id(p) in given for p in layer.parameters())
+
+
 def _has(call: Operation, module: nn.Module | None) -> bool:
-    """Whether a call was given a module's own parameters, as they are."""
-    given = [id(value) for value in (*call.args, *call.kwargs.values())]
-    return all(id(p) in given for p in (module.parameters(recurse=False) if module is not None else ()))
+    return module is None or _given(module, call.args, call.kwargs)
+
+
+def _given(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    given = {id(value) for value in (*args, *kwargs.values())}
+    return all(id(p) in given for p in module.parameters())
 
 
 def site_of(passage: Passage, users: Mapping[int, Sequence[Operation]], frame: Frame) -> Site:

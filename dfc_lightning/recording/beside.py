@@ -37,8 +37,8 @@ def cut(output: Tensor, name: str) -> Tensor:
     return _Cut.apply(handed, anchor, name)  # type: ignore[no-any-return]
 
 
-def refuse_history(name: str, received: Tensor) -> None:
-    """Raise a :class:`ControlError` if the input of a layer was made by something that wants to learn."""
+def refuse_history(what: str, received: Tensor) -> None:
+    """Raise a :class:`ControlError` if a tensor, a layer's input say, was made by something that wants to learn."""
     if not (received.requires_grad and torch.is_grad_enabled()):
         return
     waiting, seen = [received.grad_fn], set()
@@ -49,7 +49,7 @@ def refuse_history(name: str, received: Tensor) -> None:
         seen.add(node)
         if node is None or hasattr(node, "variable"):  # the input itself, or a leaf that it is made of
             raise ControlError(
-                f"The input of the layer {name!r} wants a gradient, but feedback control sends none back through a "
-                "layer: what computes it would not learn. Freeze that with requires_grad_(False), or detach() it."
+                f"{what} wants a gradient, but feedback control sends none back through a layer: what computes it "
+                "would not learn. Freeze that with requires_grad_(False), or detach() it."
             )
         waiting.extend(source for source, _ in node.next_functions if source is not None)

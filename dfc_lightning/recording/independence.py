@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.operations.operation import Frame
+from dfc_lightning.operations.operation import Frame, constant
 from dfc_lightning.passes.record import Record
+from dfc_lightning.passes.segment import NamedSegment
 
 
 def check_samples_are_independent(record: Record, frame: Frame) -> None:
@@ -30,6 +31,25 @@ def check_samples_are_independent(record: Record, frame: Frame) -> None:
         for slot, value in zip(each.outputs, values):
             if value.shape != some[slot].shape or not _alike(value, some[slot], rtol):
                 raise _entangled(each.name)
+
+
+def check_named_modules_repeat(record: Record, frame: Frame) -> None:
+    """See that modules controlled as a whole give the same again, as their update has it.
+
+    Raises:
+        ControlError: one does not.
+    """
+    rtol = 1e-3 if frame.dtype == torch.float32 else 1e-8
+    for segment, passage in zip(record.segments, record.passages):
+        if isinstance(segment, NamedSegment):
+            parameters = [constant(p, frame.dtype) for p in segment.parameters]
+            if not _alike(segment.again(frame, frame[segment.heard], parameters), frame[passage.source], rtol):
+                raise ControlError(
+                    f"The module {type(segment.module).__name__} that is named in extra_points gives another result "
+                    "when it is called again with the same input. Its update needs the same: keep what changes in "
+                    "buffers, take random numbers other than those of nn.Dropout out, or freeze it with "
+                    "requires_grad_(False)."
+                )
 
 
 def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:

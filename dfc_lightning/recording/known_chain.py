@@ -50,7 +50,7 @@ class KnownChain:
                 f"The layer {point.name!r} is called in another order than in the first step. The layers of a "
                 "controlled chain follow each other the same way in every step."
             )
-        refuse_history(point.name, received)
+        refuse_history(f"The input of the layer {point.name!r}", received)
         if output.dim() != 2:
             raise ControlError(
                 f"The layer {point.name!r} returns the shape {tuple(output.shape)}, but (B, n_out) in the first step. "

@@ -20,11 +20,13 @@ class ControlPoint:
         name: the layer's name in the module.
         layer: a linear or convolutional layer, or a normalisation that follows none of these directly.
         norm: the normalisation that follows the layer directly; the voltage is then what it returns.
+        is_named: whether it is a module of the user's, of any kind, controlled as a whole since it was named.
     """
 
     name: str
     layer: nn.Module
     norm: nn.Module | None = None
+    is_named: bool = False
 
     def with_norm(self, norm: nn.Module) -> ControlPoint:
         """The same point behind the normalisation that follows the layer directly."""
@@ -33,17 +35,12 @@ class ControlPoint:
     @property
     def dense(self) -> bool:
         """Whether the layer is an ``nn.Linear``."""
-        return isinstance(self.layer, nn.Linear)
+        return isinstance(self.layer, nn.Linear) and not self.is_named
 
     @property
     def is_layer(self) -> bool:
         """Whether it is a layer, not a normalisation alone."""
-        return not isinstance(self.layer, NORMS)
-
-    @property
-    def is_named(self) -> bool:
-        """Whether it is a module of the user's, controlled since it was named."""
-        return not isinstance(self.layer, (*LAYERS, *NORMS))
+        return self.is_named or not isinstance(self.layer, NORMS)
 
     @property
     def width(self) -> int:
@@ -53,7 +50,7 @@ class ControlPoint:
     @property
     def weight(self) -> Tensor | None:
         """W_i; None of a normalisation that stands by itself, and of a module that was named."""
-        return self.layer.weight if isinstance(self.layer, LAYERS) else None
+        return self.layer.weight if isinstance(self.layer, LAYERS) and not self.is_named else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -70,16 +67,16 @@ def find_points(module: nn.Module, network: str | None = None, extra_points: Seq
     Args:
         module: where to look.
         network: name of the submodule to look in; None for all of the module.
-        extra_points: names of further submodules to control as a whole.
+        extra_points: names of submodules to control as a whole.
 
     Raises:
         ControlError: there is none, a parameter belongs to several, or a trainable parameter to none of them.
     """
     scope, prefix = scope_of(module, network)
-    extra = [scope_of(module, name)[0] for name in extra_points]
+    extra = [_named(module, name) for name in extra_points]
     within = {id(part) for each in extra for part in each.modules()}
     points = [
-        ControlPoint(f"{prefix}{name}".rstrip("."), layer)
+        ControlPoint(f"{prefix}{name}".rstrip("."), layer, is_named=id(layer) in within)
         for name, layer in scope.named_modules()
         if any(p.requires_grad for p in layer.parameters())
         and (any(layer is e for e in extra) or (isinstance(layer, (*LAYERS, *NORMS)) and id(layer) not in within))
@@ -111,6 +108,21 @@ def scope_of(module: nn.Module, network: str | None) -> tuple[nn.Module, str]:
         ) from error
 
 
+def _named(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        if name in dict(module.named_parameters()):
+            cause = (
+                f"{name!r} is a parameter of {type(module).__name__}, no submodule. Put it into a module of its own "
+                "that is called with what it is applied to, and name that; or freeze it with requires_grad_(False)"
+            )
+        else:
+            names = ", ".join(repr(each) for each, _ in module.named_modules() if each)
+            cause = f"{name!r} is no submodule of {type(module).__name__}. Its submodules are {names}"
+        raise ControlError(f"extra_points=[{name!r}] is not possible: {cause}.") from error
+
+
 def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str) -> None:
     owner: dict[int, str] = {}
     for point in points:
@@ -134,14 +146,25 @@ def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str)
                 )
         if not point.is_named and not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
             owner = {k: v for k, v in owner.items() if v != point.name}  # parametrized: its weight is no parameter
-    untaught = [f"{prefix}{name}" for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
+    untaught = [name for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
     if untaught:
+        names = [f"{prefix}{name}" for name in untaught]
+        owners = dict.fromkeys(f"{prefix}{_owner(name)}" for name in untaught if _owner(name))
+        named = f"name their modules in extra_points={list(owners)}, " if owners else ""
+        if any(not _owner(name) for name in untaught):
+            named += "put those that belong to no submodule into one, called with what they are applied to, and name "
+            named += "it in extra_points=['…'], "
         raise ControlError(
-            f"No control point can teach the parameters {_listed(untaught)}: only weights and biases of linear and "
+            f"No control point can teach the parameters {_listed(names)}: only weights and biases of linear and "
             "convolutional layers, and of the usual normalisations, learn by feedback control. Freeze them with "
-            "requires_grad_(False), name their module in extra_points=['…'], or name the submodule made of such "
-            "layers with network='…'; parameters outside it are left to autograd."
+            f"requires_grad_(False), {named}or name the submodule made of such layers with network='…'; parameters "
+            "outside it are left to autograd."
         )
+
+
+def _owner(name: str) -> str:
+    """The module that a parameter's name says it belongs to; for a parametrized one the module it is made for."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.operations.arguments import tensors_of
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
-from dfc_lightning.recording.assembly import segment_of, site_of
+from dfc_lightning.recording.assembly import does_more, is_own_call, segment_of, site_of, uses
 from dfc_lightning.recording.beside import cut, refuse_history
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
@@ -27,11 +29,13 @@ class Recording(NamedTuple):
         record: what was done.
         frame: with what values.
         points: the control points in the order of the pass, each with the normalisation that follows it directly.
+        bare: whether what each layer's module is given and returns is what its point is given and returns.
     """
 
     record: Record
     frame: Frame
     points: list[ControlPoint]
+    bare: bool
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -41,6 +45,9 @@ class Recording(NamedTuple):
 
 class Recorder:
     """Records one forward pass; :meth:`before` and :meth:`passed` are hooks of every layer.
+
+    The point of a layer lies where its forward calls torch's own function with its parameters, whatever that forward
+    does before and after; that of a named module is what it returns.
 
     Args:
         points: the layers and normalisations that are to be passed.
@@ -58,12 +65,15 @@ class Recorder:
     ) -> None:
         self.names = {id(p.layer): p.name for p in points}
         self.bits = {key: 1 << k for k, key in enumerate(self.names)}
-        self.waiting = {id(p.layer): ControlPoint(p.name, p.layer) for p in points}
-        self.tape = Tape(len(points), self._reached, fixed)
-        self.heard: dict[int, Slot] = {}
+        self.waiting = {id(p.layer): replace(p, norm=None) for p in points}
+        self.tape = Tape(len(points), self._reached, self._called, fixed)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
         self.called_beside = False
+        self._running: list[tuple[nn.Module, Any]] = []  # layers, each with what it was given
+        self._named: dict[int, NamedSegment] = {}
+        self._aside: dict[Slot, str] = {}  # what named modules return beside their voltages
+        self._bare = True
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -79,25 +89,85 @@ class Recorder:
         name = self.names[id(layer)]
         if id(layer) not in self.waiting:
             raise called_twice(name)
-        received = args[0] if args else kwargs["input"]
-        refuse_history(name, received)
-        self.heard[id(layer)] = self.tape.enter(received)
+        given = tensors_of([args, kwargs])
+        if not given:
+            raise ControlError(
+                f"The module {name!r} is called without a tensor among its arguments. Call it with tensors, each an "
+                "argument or in a tuple, list or dict: a sequence that is packed, say, as a padded one."
+            )
+        self.tape.enter(given[0])
+        if not self.waiting[id(layer)].is_named:
+            self._running.append((layer, given[0]))
+            return
+        for each in given:
+            refuse_history(f"An argument of the module {name!r}", each)
+        with self.tape.paused():
+            buffers = {key: buffer.clone() for key, buffer in layer.named_buffers()}
+            slots = self.tape.with_slots(args), self.tape.with_slots(kwargs)
+        self._named[id(layer)] = NamedSegment(layer, *slots, buffers, [Slot(len(self.tape.masks))])
 
-    def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Forward hook: hand the output on without its history."""
+    def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook: hand the output on, that of a named module without its history."""
         if self.beside:
             return output
+        name = self.names[id(layer)]
+        if id(layer) in self._named:
+            return self._named_passed(layer, name, output)
+        _, received = self._running.pop()
+        if id(layer) in self.waiting:
+            raise does_more(name)
+        passage = self.passages[-1]
+        heard = self.tape.maker(passage.source).inputs[0]
+        if self.tape.slot(output) != passage.target or self.tape.slot(received) != heard:
+            self._bare = False
+        return output
+
+    def _called(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
+        """Put the point of the layer that is running where its parameters are used."""
+        layer = self._running[-1][0] if self._running else None
+        if layer is None or not uses(layer, args, kwargs):
+            return result
+        if id(layer) not in self.waiting or not is_own_call(layer, func, args, kwargs):
+            raise does_more(self.names[id(layer)])
+        received = args[0] if args else kwargs["input"]
+        refuse_history(f"The input of the layer {self.names[id(layer)]!r}", received)
+        return self._pass(layer, result)
+
+    def _pass(self, layer: nn.Module, voltage: Tensor) -> Tensor:
         point = self.waiting.pop(id(layer))
         self.order.append(point)
         with self.tape.paused():
-            handed = cut(output, point.name)
-        self.passages.append(self.tape.passage(output, handed, self.bits[id(layer)]))
-        return self.tape.look(handed)
+            handed = cut(voltage, point.name)
+        self.passages.append(self.tape.passage(voltage, handed, self.bits[id(layer)]))
+        return handed
+
+    def _named_passed(self, layer: nn.Module, name: str, output: Any) -> Any:
+        masks = self.tape.masks[self._named[id(layer)].masks[0] :]
+        self._named[id(layer)] = replace(self._named[id(layer)], masks=masks)
+        voltage, *others = output if type(output) in (tuple, list) else [output]
+        if not isinstance(voltage, Tensor):
+            raise ControlError(
+                f"The module {name!r} returns {type(output).__name__}. One that is named in extra_points returns a "
+                "tensor, its voltage, or a tuple of which that is the first; call it from a module that does."
+            )
+        handed = self.tape.look(self._pass(layer, voltage))
+        return type(output)([handed, *self._set_aside(others, name)]) if type(output) in (tuple, list) else handed
+
+    def _set_aside(self, tree: Any, name: str) -> Any:
+        """What a named module returns beside its voltage, as it is; that nothing is made of it is seen at the end."""
+        if isinstance(tree, Tensor):
+            with self.tape.paused():
+                handed = cut(tree, name)
+            self._aside[self.tape.wire(tree, handed)] = name
+            return handed
+        if type(tree) in (tuple, list):
+            return type(tree)(self._set_aside(each, name) for each in tree)
+        return tree
 
     def close(self) -> None:
         """Let go of what was recorded."""
         self.tape.close()
-        self.heard, self.passages = {}, []
+        self.passages, self._running, self._named = [], [], {}
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
@@ -114,10 +184,12 @@ class Recorder:
             )
 
     def _reached(self, output: Tensor) -> Tensor:
+        refuse_history("The network's output", output)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             self._join_norms(self.tape.program())
             program = self.tape.program()
             _refuse_detach(program)
+            self._refuse_aside(program)
             frame = self._full(self.tape.frame(program), program)
             makers: dict[int, Operation] = {s: each for each in program for s in each.outputs}
             users: dict[int, list[Operation]] = {}
@@ -125,14 +197,23 @@ class Recorder:
                 for s in each.inputs:
                     users.setdefault(s, []).append(each)
             segments = [
-                NamedSegment(point.layer, self.heard[id(point.layer)])
-                if point.is_named
-                else segment_of(point, passage, makers)
+                self._named[id(point.layer)] if point.is_named else segment_of(point, passage, makers)
                 for point, passage in zip(self.order, self.passages)
             ]
             sites = [site_of(passage, users, frame) for passage in self.passages]
             record = Record(program, segments, self.passages, sites, self.tape.output or Slot(0))
-        return self._at_output(Recording(record, frame, self.order), output)
+        return self._at_output(Recording(record, frame, self.order, self._bare), output)
+
+    def _refuse_aside(self, program: Sequence[Operation]) -> None:
+        for each in program:
+            for slot in each.inputs:
+                if slot in self._aside:
+                    raise ControlError(
+                        f"The network's output depends on what the module {self._aside[slot]!r} returns beside its "
+                        "first tensor. Of a module that is named in extra_points that one is the voltage, and the rest "
+                        "is not controlled: make what follows of the first, such as output[:, -1] of an LSTM for its "
+                        "last state, or call it from a module that returns what is needed, and name that."
+                    )
 
     def _join_norms(self, program: Sequence[Operation]) -> None:
         """Let a layer whose voltage nothing but a normalisation hears have its point behind that."""
@@ -140,7 +221,7 @@ class Recorder:
         norms = {p.source: k for k, p in enumerate(self.passages) if not self.order[k].is_layer}
         inputs = {s: norms[out] for each in program for out in each.outputs if out in norms for s in each.inputs}
         for point, passage in zip(list(self.order), list(self.passages)):
-            joins = isinstance(point.layer, LAYERS) and passage.target in inputs
+            joins = isinstance(point.layer, LAYERS) and not point.is_named and passage.target in inputs
             if joins and users.count(passage.target) == 1:
                 k = inputs[passage.target]
                 self.tape.dissolve(passage)

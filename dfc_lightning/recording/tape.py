@@ -15,7 +15,16 @@ from dfc_lightning.operations.arguments import named, tensors_of, writes_into_ar
 from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
-from dfc_lightning.operations.recognise import Call, draws_random_numbers, moves_statistics, operation
+from dfc_lightning.operations.recognise import (
+    DROPOUT,
+    Call,
+    draws_random_numbers,
+    dropped,
+    moves_statistics,
+    operation,
+)
+
+AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
 
 
 def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
@@ -33,11 +42,21 @@ class Tape(TorchFunctionMode):
     Args:
         layers: how many layers there are.
         at_output: called with the output; what it returns takes the output's place.
+        at_call: given each recorded call and its result; what it returns takes the result's place.
         fixed: tensors that have no row a sample, whatever their shape.
     """
 
-    def __init__(self, layers: int, at_output: Callable[[Tensor], Tensor], fixed: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        layers: int,
+        at_output: Callable[[Tensor], Tensor],
+        at_call: AtCall,
+        fixed: Iterable[Tensor] = (),
+    ) -> None:
         super().__init__()
+        self._at_call = at_call
+        self.masks: list[Slot] = []
+        """Of dropout, in order."""
         self._fixed = {id(tensor) for tensor in fixed}
         self.operations: list[Operation] = []
         self.output: Slot | None = None
@@ -51,8 +70,7 @@ class Tape(TorchFunctionMode):
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
             "__setitem__": self._set_item,
-            **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), self._dropout),
-            **dict.fromkeys(("dropout_", "feature_dropout", "feature_dropout_"), self._dropout),
+            **dict.fromkeys(DROPOUT, self._dropout),
         }
 
     def __torch_function__(
@@ -65,7 +83,8 @@ class Tape(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
         _refuse(func, args, kwargs)
-        return self.look(self._recorders.get(name, self._call)(func, args, kwargs))
+        result = self._recorders.get(name, self._call)(func, args, kwargs)
+        return self.look(self._at_call(func, args, kwargs, result))
 
     @property
     def beside(self) -> bool:
@@ -75,7 +94,7 @@ class Tape(TorchFunctionMode):
     # What is recorded how
 
     def _call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        slots = self._with_slots(args), self._with_slots(kwargs)
+        slots = self.with_slots(args), self.with_slots(kwargs)
         overwrites = writes_into_argument(func, args, kwargs)
         if overwrites:
             self._keep(args[0] if args else kwargs["input"])
@@ -84,17 +103,16 @@ class Tape(TorchFunctionMode):
         return result
 
     def _set_item(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        _, *rest = self._with_slots(args)
+        _, *rest = self.with_slots(args)
         self._keep(args[0])
         target = self.enter(args[0])
         func(*args, **kwargs)
         self._record(_with_item, (target, *rest), {}, args[0], True)
 
     def _dropout(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        given = named(func, args, kwargs)
-        x = given["input"]
-        if not given.get("training", given.get("train", True)):
-            return x
+        x = dropped(func, args, kwargs)
+        if x is None:
+            return named(func, args, kwargs)["input"]  # type: ignore[no-any-return]
         with self.paused():
             ones = torch.ones_like(x)
             mask = func(ones, *args[1:], **kwargs) if args else func(**{**kwargs, "input": ones})
@@ -104,6 +122,7 @@ class Tape(TorchFunctionMode):
                 self._keep(x)
                 result = x.copy_(result)
             target = self._new(result, self._passed[source])
+            self.masks.append(kept)
         self.operations.append(Product(torch.mul, [source, kept], {}, [source, kept], [target]))
         return result
 
@@ -135,6 +154,18 @@ class Tape(TorchFunctionMode):
             found = Passage(source, self._new(handed, self._passed[source] | layers))
         self.operations.append(found)
         return found
+
+    def wire(self, arriving: Tensor, handed: Tensor) -> Slot:
+        """Let ``handed`` stand for ``arriving``; the slot of it."""
+        with self.paused():
+            source = self.enter(arriving)
+            target = self._new(handed, self._passed[source])
+        self.operations.append(Same(hand_on, [source], {}, [source], [target]))
+        return target
+
+    def slot(self, tensor: Tensor) -> Slot | None:
+        """The slot of a tensor; None if it has none."""
+        return self._slot.get(id(tensor))
 
     def look(self, result: Any) -> Any:
         """Notice the network's output."""
@@ -170,7 +201,8 @@ class Tape(TorchFunctionMode):
         """The recorded values that a program uses."""
         used = {int(s) for each in program for s in (*each.inputs, *each.outputs)}
         values = [v if k in used else None for k, v in enumerate(self._values)]
-        return Frame(values, self._values[0].shape[0], self._values[0].dtype)
+        assert self.output is not None
+        return Frame(values, self._values[0].shape[0], self._values[self.output].dtype)
 
     def reaches_end(self, layer: int) -> bool:
         """Whether the last recorded tensor depends on the layer of this bit."""
@@ -179,14 +211,15 @@ class Tape(TorchFunctionMode):
     def close(self) -> None:
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
         self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
-        self._at_output = lambda output: output
+        self._at_output, self._at_call = lambda output: output, lambda func, args, kwargs, result: result
 
     # Slots
 
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         return any(id(t) in self._slot for t in tensors_of([*args, *kwargs.values()]))
 
-    def _with_slots(self, tree: Any) -> Any:
+    def with_slots(self, tree: Any) -> Any:
+        """Arguments, those tensors that have slots, or a row a sample, replaced by their slots."""
         if isinstance(tree, Tensor):
             if id(tree) in self._stale:
                 raise ControlError(
@@ -198,9 +231,9 @@ class Tape(TorchFunctionMode):
                 slot = self._new(tree, 0)
             return tree if slot is None else slot
         if isinstance(tree, dict):
-            return {k: self._with_slots(v) for k, v in tree.items()}
+            return {k: self.with_slots(v) for k, v in tree.items()}
         if type(tree) in (tuple, list):
-            return type(tree)(self._with_slots(v) for v in tree)
+            return type(tree)(self.with_slots(v) for v in tree)
         return tree
 
     def _is_of_samples(self, tensor: Tensor) -> bool:
@@ -249,7 +282,7 @@ def _refuse(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     if draws_random_numbers(func, args, kwargs):
         raise ControlError(
             f"The network draws random numbers in {name}, which cannot be drawn alike while it settles. Use "
-            "nn.Dropout, whose masks are kept, or take it out."
+            "nn.Dropout, whose masks are kept, take it out, or set the dropout of an attention or recurrent layer to 0."
         )
     if kwargs.get("out") is not None or moves_statistics(func, args, kwargs):
         raise ControlError(

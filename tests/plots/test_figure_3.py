@@ -24,8 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 TOY = RECIPES / "toy"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SETTLING = {"dfc": Trajectory, "dfc_ss": SteadyState, "dfc_ssa": Linearized}
-SLOW = [name for rule in SETTLING for name in (rule, f"{rule}_fixed") if name != "dfc"]
-NAMES = ["dfc", "dfa", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+NAMES = [*SETTLING, *(f"{rule}_fixed" for rule in SETTLING), "dfa"]
 CONTROLLED = ("dfc", "dfc_ss", "dfc_ss_fixed")
 EPOCHS, LATE = 25, 5
 
@@ -37,6 +36,7 @@ class Built(RecipeCLI):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_has_the_published_settings_in_our_units(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -43,9 +43,9 @@ class Standardised(nn.Linear):
         return F.linear(x, self.weight / self.weight.norm(), self.bias)
 
 
-class ChannelsLast(nn.LayerNorm):
+class Rescaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+        return super().forward(x) * self.weight.norm()
 
 
 class Normed(nn.Module):
@@ -170,7 +170,13 @@ WHEN_RUN = {
     "its weight transformed": Case(
         lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
     ),
-    "a norm of its own": Case(lambda: Normed(ChannelsLast(4)), "more than multiply"),
+    "its weight beside it": Case(
+        lambda: nn.Sequential(Rescaled(6, 4), nn.Tanh(), nn.Linear(4, 3)), "input of the layer '2' wants a gradient"
+    ),
+    "a weight beside the last layer": Case(
+        lambda: Via(lambda m, x: m.a(x)[:, :3] + m.c(m.b(x[:, :5])) * m.c.weight.norm()),
+        "output wants a gradient.*detach",
+    ),
     "moving statistics": Case(
         lambda: Normed(nn.InstanceNorm1d(4, track_running_stats=True)), "writes into a tensor from outside"
     ),

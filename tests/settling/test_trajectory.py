@@ -132,6 +132,7 @@ def test_at_the_papers_stepsizes_the_error_is_the_stated_one(stepsize: float, se
     assert close(integrated(case, Trajectory(settled=False), controller, stepsize)[1], simulated, stated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["two layers", "three layers", "leaky relu"])
 def test_at_any_stepsize_the_error_falls_with_the_time_simulated(net: str) -> None:
     case, controller = make(NETS[net]), PIController(0.1)

@@ -281,6 +281,7 @@ RULES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("network", [lambda: Plain().net, conv], ids=["chain", "graph"])
 @pytest.mark.parametrize("full", [(True, False, True), (False, True, False, True), (True, True, False)], ids=str)

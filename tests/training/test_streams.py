@@ -146,6 +146,7 @@ class Either(Order):
         super().on_train_batch_end(outputs, batch if isinstance(batch[1], torch.Tensor) else batch[1], batch_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONCE)
 def test_what_is_drawn_once_is_trained_on_as_without_the_strategy(name):
     orders, s = [], strategy(feedback=FeedbackLearning(method=SHORT, initial_passes=2, max_batches=7))
