@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from dfc_lightning.data import MNIST, FashionMNIST, images
+
+torch.set_num_threads(1)  # networks this small are slower on more
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,10 @@ class ControlledNetwork:
     # Passes
 
     def observe(self, *args: Any, **kwargs: Any) -> ForwardPass:
-        """Run the module as far as the network's output, and return the pass."""
+        """Run the module as far as the network's output, and return the pass.
+
+        It is bound to the feedback weights that there are; if there are none yet, direct ones are made.
+        """
         return self.observing(lambda: self.module(*args, **kwargs))
 
     def observing(self, run: Callable[[], Any], kind: Direct | Layerwise | None = None) -> ForwardPass:
