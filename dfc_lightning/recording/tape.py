@@ -156,6 +156,18 @@ class Tape(TorchFunctionMode):
         place = self.operations.index(passage)
         self.operations[place] = Same(hand_on, [passage.source], {}, [passage.source], [passage.target])
 
+    def move_behind(self, passage: Passage, norm: Operation) -> Passage:
+        """Let a point lie behind the operation that alone hears it; what has heard that now hears the point."""
+        self.dissolve(passage)
+        handed = norm.outputs[0]
+        arriving = Slot(len(self._values))
+        for kept in (self._values, self._passed, self._alive):
+            kept.append(kept[handed])  # type: ignore[attr-defined,index]
+        norm.outputs = [arriving]
+        found = Passage(arriving, handed)
+        self.operations.insert(self.operations.index(norm) + 1, found)
+        return found
+
     def program(self) -> list[Operation]:
         """The operations that lead to the output, in order."""
         assert self.output is not None
