@@ -19,12 +19,17 @@ FEEDBACK_INITS = ("weight_product", "xavier_normal", "orthogonal", "normal", "ja
 SAMPLES_AT_ONCE = 32
 """Samples of the first batch whose Jacobians are held at a time."""
 
+CLEAR = 4.0
+"""From how many times the square that chance leaves a mean over samples is taken as it is."""
+
 
 def initial_direct(kind: FeedbackInit, forward: ForwardPass, generator: torch.Generator) -> list[Tensor]:
     """Feedback weights Q_i, (n_i, n_L), for the points of a pass.
 
     A point that is the output is always given what it needs to hear its own error, the mean of J_iᵀ: the identity
     where it is the whole of the output by itself.
+
+    A mean over samples that is no larger than what chance leaves of so many is none: see :func:`shrunk`.
 
     Args:
         kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is, or for networks that are no
@@ -53,8 +58,35 @@ def initial_layerwise(kind: Literal["random", "weights"], weight: Tensor, genera
 
 @singledispatch
 def weight_product(forward: ForwardPass) -> list[Tensor]:
-    """The mean of J_iᵀ over samples; of a chain, with all slopes taken as one."""
-    return _mean_over_samples(forward, lambda jacobians: [j.mean(0).T for j in jacobians])
+    """The mean of J_iᵀ over samples, as far as they have one in common; of a chain, with all slopes taken as one."""
+    found = _mean_over_samples(
+        forward, lambda js: [*(j.mean(0).T for j in js), *(j.square().sum((1, 2)).mean() for j in js)]
+    )
+    means, squares, own = found[: forward.depth], found[forward.depth :], forward.outputs_at
+    return [
+        q if i in own else shrunk(q, square, forward.batch_size) for i, (q, square) in enumerate(zip(means, squares))
+    ]
+
+
+def shrunk(mean: Tensor, square: Tensor, samples: int) -> Tensor:
+    """A mean over samples, taken towards zero where it is lost in their differences.
+
+    Deep in a network without shortcuts the Jacobians of two samples may have next to nothing in common. Their mean is
+    then a memory of the batch it was taken of: feedback that drives the next one anywhere, and JQ without a sign.
+
+    Args:
+        mean: the mean, of squared norm m².
+        square: the mean of the squared norms, s². Chance leaves n² = (s² − m²) / (B − 1) of m².
+        samples: B.
+
+    Returns:
+        The mean as it is where m² ≥ ``CLEAR`` n², zero where m² ≤ n², and what is proportionally between.
+    """
+    if samples == 1:
+        return mean
+    norm = mean.square().sum()
+    noise = (square - norm).clamp_min(torch.finfo(norm.dtype).tiny) / (samples - 1)
+    return mean * ((norm / noise - 1) / (CLEAR - 1)).clamp(0, 1)
 
 
 @weight_product.register

@@ -125,6 +125,23 @@ class LeakyReLU(Nonlinearity):
 
 
 @dataclass(frozen=True)
+class Clamp(Nonlinearity):
+    """φ(v) = v within [``low``, ``high``], and its nearer end beyond: hardtanh, ReLU6."""
+
+    low: float
+    high: float
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return v.clamp(self.low, self.high)
+
+    def slope(self, v: Tensor, r: Tensor) -> Tensor:
+        return ((v > self.low) & (v < self.high)).to(v)
+
+    def difference(self, v: Tensor, r: Tensor, d: Tensor, slope: Tensor | None = None) -> Tensor:
+        return torch.clamp(d + (v - r), self.low - r, self.high - r)  # v − r is zero within, to the last digit
+
+
+@dataclass(frozen=True)
 class Elementwise(Nonlinearity):
     """Any other elementwise function, known only by its values.
 

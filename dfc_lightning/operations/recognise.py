@@ -12,7 +12,7 @@ from dfc_lightning.operations.arguments import named
 from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.linear import Expand, Linear, Product, Reshape, Same, Sum, Weighted
 from dfc_lightning.operations.max_pool import MaxPool
-from dfc_lightning.operations.nonlinearity import Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
+from dfc_lightning.operations.nonlinearity import Clamp, Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
 from dfc_lightning.operations.operation import Operation, Slot
 from dfc_lightning.operations.rate import Rate
 
@@ -143,18 +143,25 @@ def _leaky(call: Call) -> Nonlinearity:
     return LeakyReLU(float(named(call.function, call.args, call.kwargs).get("negative_slope", 0.01)))
 
 
+def _hardtanh(call: Call) -> Nonlinearity:
+    given = named(call.function, call.args, call.kwargs)
+    return Clamp(float(given.get("min_val", -1.0)), float(given.get("max_val", 1.0)))
+
+
 def _other(call: Call) -> Nonlinearity:
     again = Operation(*call.parts)
     return Elementwise(lambda v: again.at(lambda slot: v, v.dtype)[0])
 
 
-_OTHERS = ["relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardtanh", "hardswish", "hardsigmoid"]
+_OTHERS = ["elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardswish", "hardsigmoid"]
 _OTHERS += ["logsigmoid", "softsign", "tanhshrink", "hardshrink", "softshrink", "sin", "exp"]
 _PHI: dict[str, Callable[[Call], Nonlinearity]] = {
     "relu": lambda call: ReLU,
     "tanh": lambda call: Tanh(),
     "sigmoid": lambda call: Sigmoid(),
     "leaky_relu": _leaky,
+    "relu6": lambda call: Clamp(0.0, 6.0),
+    "hardtanh": _hardtanh,
     **dict.fromkeys(_OTHERS, _other),
 }
 for _name, _phi in _PHI.items():

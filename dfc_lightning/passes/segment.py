@@ -53,7 +53,7 @@ class Segment:
 
     def shift(self, voltage: Tensor) -> Tensor | float:
         """The constant that is last added to ``voltage``, (B, …): a bias, or a normalisation's β."""
-        bias, last = (self.bias, self.layer) if self.norm is None else (self.norm_bias, self.norm)
+        bias, last = (self.bias, self.layer) if self.norm is None else (self.norm.arguments.get("bias"), self.norm)
         if bias is None or last is None:
             return 0.0
         over_channels = last.name not in ("linear", "layer_norm", "rms_norm")
@@ -80,12 +80,12 @@ class Segment:
         with torch.enable_grad():
             x = frame[norm.inputs[0]].detach().requires_grad_()
             leaves = [p.requires_grad_() for p in (t.clone() for t in taught)]
-            weight = leaves[0] if self.norm_weight is not None else None
-            bias = leaves[-1] if self.norm_bias is not None else None
+            learned = [p for p in (self.norm_weight, self.norm_bias) if p is not None]
+            replaced = {id(p): leaf for p, leaf in zip(learned, leaves)}
             if isinstance(norm, BatchNorm):
-                y = norm.live(x, weight, bias)
+                y = norm.live(x, *(_swapped(p, replaced, frame.dtype) for p in (norm.weight, norm.bias)))
             else:
-                y = _called_with(norm, {id(self.norm_weight): weight, id(self.norm_bias): bias}, x, frame.dtype)
+                y = _called_with(norm, replaced, x, frame.dtype)
             found = torch.autograd.grad(y, [x, *leaves], signal)
         return found[0], list(found[1:])
 
@@ -164,10 +164,15 @@ class _Masking(TorchFunctionMode):
         return given if mask is None else given * mask
 
 
-def _called_with(call: Operation, replaced: dict[int, Tensor | None], x: Tensor, dtype: torch.dtype) -> Tensor:
-    def swap(value: object) -> object:
-        return replaced.get(id(value), value) if isinstance(value, Tensor) else value
-
-    args = [x if isinstance(a, Slot) else swap(a) for a in call.args]
-    kwargs = {k: x if isinstance(v, Slot) else swap(v) for k, v in call.kwargs.items()}
+def _called_with(call: Operation, replaced: dict[int, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    args = [x if isinstance(a, Slot) else _swapped(a, replaced, dtype) for a in call.args]
+    kwargs = {k: x if isinstance(v, Slot) else _swapped(v, replaced, dtype) for k, v in call.kwargs.items()}
     return call.function(*args, **kwargs)
+
+
+def _swapped(value: Any, replaced: dict[int, Tensor], dtype: torch.dtype) -> Any:
+    """What takes a parameter's place; of other tensors the constant."""
+    if not isinstance(value, Tensor):
+        return value
+    found = replaced.get(id(value))
+    return constant(value, dtype) if found is None else found

@@ -18,7 +18,7 @@ from dfc_lightning.passes.record import Site
 from dfc_lightning.passes.segment import LAYERS, NORMS, Segment
 from dfc_lightning.recording.points import ControlPoint
 
-NORMS_BY_NAME = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
+NORMS_BY_NAME = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
 _POOLING = tuple(f"{kind}pool{n}d" for kind in ("max_", "avg_", "adaptive_avg_", "adaptive_max_") for n in (1, 2, 3))
 
 
@@ -31,9 +31,9 @@ def segment_of(point: ControlPoint, passage: Passage, makers: Mapping[int, Opera
     last = makers.get(passage.source)
     layer: Operation | None = last
     norm: Operation | None = None
-    if not isinstance(point.layer, LAYERS) or point.norm is not None:
+    if not isinstance(point.layer, LAYERS) or point.norm is not None or (last is not None and is_untaught_norm(last)):
         norm, layer = last, None
-        if norm is not None and point.norm is not None:
+        if norm is not None and isinstance(point.layer, LAYERS):
             wire = makers[norm.inputs[0]]
             layer = makers[wire.inputs[0]]
     normed = point.layer if layer is None else point.norm
@@ -75,6 +75,13 @@ def uses(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     """Whether a call is given a parameter of a layer."""
     given = {id(value) for value in (*args, *kwargs.values())}
     return any(id(p) in given for p in layer.parameters())
+
+
+def is_untaught_norm(call: Operation) -> bool:
+    """Whether it is a normalisation, of a module or not, with nothing in it that learns."""
+    given = (*call.args, *call.kwargs.values())
+    learns = any(isinstance(value, nn.Parameter) and value.requires_grad for value in given)
+    return call.name in NORMS_BY_NAME and len(call.inputs) == len(call.outputs) == 1 and not learns
 
 
 def _has(call: Operation, module: nn.Module | None) -> bool:

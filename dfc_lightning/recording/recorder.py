@@ -16,7 +16,7 @@ from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
-from dfc_lightning.recording.assembly import does_more, is_own_call, segment_of, site_of, uses
+from dfc_lightning.recording.assembly import does_more, is_own_call, is_untaught_norm, segment_of, site_of, uses
 from dfc_lightning.recording.beside import cut, refuse_history
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
@@ -218,14 +218,19 @@ class Recorder:
     def _join_norms(self, program: Sequence[Operation]) -> None:
         """Let a layer whose voltage nothing but a normalisation hears have its point behind that."""
         users = [s for each in program for s in each.inputs]
+        untaught = {each.inputs[0]: each for each in program if is_untaught_norm(each)}
         norms = {p.source: k for k, p in enumerate(self.passages) if not self.order[k].is_layer}
         inputs = {s: norms[out] for each in program for out in each.outputs if out in norms for s in each.inputs}
         for point, passage in zip(list(self.order), list(self.passages)):
-            joins = isinstance(point.layer, LAYERS) and not point.is_named and passage.target in inputs
-            if joins and users.count(passage.target) == 1:
+            if not isinstance(point.layer, LAYERS) or point.is_named or users.count(passage.target) != 1:
+                continue
+            if passage.target in inputs:
                 k = inputs[passage.target]
                 self.tape.dissolve(passage)
                 self.order[k] = point.with_norm(self.order[k].layer)
+            elif passage.target in untaught:
+                moved = self.tape.move_behind(passage, untaught[passage.target])
+                self.passages[self.passages.index(passage)] = moved
         kept = [k for k, p in enumerate(self.passages) if not isinstance(self.tape.maker(p.target), Same)]
         self.order, self.passages = [self.order[k] for k in kept], [self.passages[k] for k in kept]
         for index, passage in enumerate(self.passages):

@@ -187,6 +187,19 @@ class Tape(TorchFunctionMode):
         place = self.operations.index(passage)
         self.operations[place] = Same(hand_on, [passage.source], {}, [passage.source], [passage.target])
 
+    def move_behind(self, passage: Passage, norm: Operation) -> Passage:
+        """Let a point lie behind the operation that alone hears it; what has heard that now hears the point."""
+        self.dissolve(passage)
+        handed = norm.outputs[0]
+        arriving = Slot(len(self._values))
+        self._values.append(self._values[handed])
+        self._passed.append(self._passed[handed])
+        self._alive.append(self._alive[handed])
+        norm.outputs = [arriving]
+        found = Passage(arriving, handed)
+        self.operations.insert(self.operations.index(norm) + 1, found)
+        return found
+
     def program(self) -> list[Operation]:
         """The operations that lead to the output, in order."""
         assert self.output is not None

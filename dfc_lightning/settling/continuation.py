@@ -19,15 +19,17 @@ STEPS_AN_ITERATION = 5
 
 def continued_root(equation: Equation) -> Root[Deviation]:
     """The nearest point on the way, with an n_L × n_L solve a step and sample."""
-    offset, accuracy = equation.offset, equation.accuracy
+    offset, accuracy, a_step = equation.offset, equation.accuracy, equation.forward.outputs + 1
     size = _norm(offset)
     u, value = torch.zeros_like(offset), offset
     response = equation(u)[1]
+    equation.spend(1)
     best, nearest = u, size
     rate: Tensor | None = None  # 1 / h
     iterations = 0
-    while iterations < STEPS_AN_ITERATION * equation.max_iterations:
+    while iterations < STEPS_AN_ITERATION * equation.max_iterations and equation.affords(a_step):
         iterations += 1
+        equation.spend(a_step)
         gain = equation.forward.gain(response)
         gain.diagonal(dim1=1, dim2=2).add_(equation.leakage)
         if rate is None:

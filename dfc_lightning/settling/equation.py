@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
-from dfc_lightning.settling.broyden import Inverse, Root, find_root
+from dfc_lightning.settling.broyden import Aux, Inverse, Root, find_root
+from dfc_lightning.settling.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Equation:
         leakage: α̃.
         accuracy: ‖F(u)‖ / ‖δ_L‖ to reach.
         max_iterations: limit on iterations.
+        budget: what evaluations and gains are counted against, shared by the equations of some of its samples.
     """
 
     forward: ForwardPass
@@ -27,6 +29,20 @@ class Equation:
     leakage: float
     accuracy: float
     max_iterations: int
+    budget: Budget
+
+    @property
+    def affordable(self) -> int:
+        """Iterations that may be made, the first evaluation not counted."""
+        return min(self.max_iterations, max(int(min(self.budget.each(len(self.offset)), 1e9)) - 1, 0))
+
+    def affords(self, passes: float) -> bool:
+        """Whether so many passes of this equation's samples are left."""
+        return self.budget.each(len(self.offset)) >= passes
+
+    def spend(self, passes: float) -> None:
+        """Count passes of this equation's samples."""
+        self.budget.spend(len(self.offset), passes)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Deviation]:
         """F(u), (B, n_L), and the controlled network behind it."""
@@ -39,16 +55,20 @@ class Equation:
 
     def samples(self, index: Tensor) -> Equation:
         """That of some samples only; ``index`` as for a tensor's first dimension."""
-        return Equation(
-            self.forward.samples(index), self.offset[index], self.leakage, self.accuracy, self.max_iterations
-        )
+        return replace(self, forward=self.forward.samples(index), offset=self.offset[index])
 
     def root(self, inverse: Inverse) -> Root[Deviation]:
         """Broyden's root from the inverse's first step."""
-        return find_root(self, inverse.step(self.offset), inverse, self.offset, self.accuracy, self.max_iterations)
+        return self._counted(
+            find_root(self, inverse.step(self.offset), inverse, self.offset, self.accuracy, self.affordable)
+        )
 
     def linear_root(self, inverse: Inverse) -> Root[None]:
         """That of :meth:`linear`."""
-        return find_root(
-            self.linear, inverse.step(self.offset), inverse, self.offset, self.accuracy, self.max_iterations
+        return self._counted(
+            find_root(self.linear, inverse.step(self.offset), inverse, self.offset, self.accuracy, self.affordable)
         )
+
+    def _counted(self, root: Root[Aux]) -> Root[Aux]:
+        self.spend(1 + root.iterations)
+        return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dfc_lightning.errors import require
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.broyden import Inverse
+from dfc_lightning.settling.budget import Budget
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.equation import Equation
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, cheap_inverse, own_inverse
@@ -71,7 +73,7 @@ def solve_linear(
     Returns:
         The solution, for which samples it was found, and the iterations made.
     """
-    equation = Equation(forward, right, leakage, accuracy, max_iterations)
+    equation = Equation(forward, right, leakage, accuracy, max_iterations, Budget(math.inf, len(right)))
     wide = wide_root(forward, equation, linear=True)
     if wide is not None:
         return wide.u, wide.converged, wide.iterations

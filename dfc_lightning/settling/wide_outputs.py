@@ -60,7 +60,8 @@ def _(forward: DensePass, equation: Equation, linear: bool = False) -> Root[Devi
     at_zero = missing(torch.zeros_like(forward.v[-2]))[0]
     # A little closer than asked for: the outputs' residual is not this one to the last digit.
     accuracy = 0.9 * equation.accuracy
-    root = find_root(missing, inverse.step(at_zero), inverse, at_zero, accuracy, equation.max_iterations, measure)
+    root = find_root(missing, inverse.step(at_zero), inverse, at_zero, accuracy, equation.affordable, measure)
+    equation.spend(2 + root.iterations)
     u = (offset - root.u @ last.T) / shift
     response: DenseDeviation | None = None
     if (hidden := root.aux) is not None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from dfc_lightning import ControlError, ControlledNetwork
+from dfc_lightning import DFC, ControlError, ControlledNetwork
+from dfc_lightning.network.initial_feedback import shrunk
 
 
 class Three(nn.Module):
@@ -124,3 +125,46 @@ def test_feedback_of_another_network_is_refused_and_nothing_changed(name):
     with pytest.raises(ControlError, match=message):
         net.load_state_dict(change(net.state_dict()))
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("common", "factor"), [(0.0, 0.0), (1.0, 1.0), (100.0, 1.0)])
+def test_a_mean_that_chance_explains_is_none(common, factor):
+    g = torch.Generator().manual_seed(0)
+    samples = torch.randn(16, 400, 3, generator=g, dtype=torch.float64)
+    samples = samples - (common == 0) * samples.mean(0) * 0.01 + common
+    mean = shrunk(samples.mean(0), samples.square().sum((1, 2)).mean(), 16)
+    assert torch.allclose(mean, factor * samples.mean(0), atol=0.05)
+
+
+def test_a_mean_half_explained_by_chance_is_taken_in_part():
+    mean = torch.ones(4, 3).double()  # m² = 12; n² = (162 − 12) / (26 − 1) = 6: (12 / 6 − 1) / 3 of it is taken
+    assert torch.allclose(shrunk(mean, torch.tensor(162.0).double(), 26), mean / 3)
+    assert torch.equal(shrunk(mean, torch.tensor(12.0).double(), 26), mean)
+    assert torch.equal(shrunk(mean, torch.tensor(12.0).double(), 1), mean)
+
+
+class Bottleneck(nn.Sequential):
+    """Expand, depthwise, project; no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()),
+            *(nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU6()),
+            *(nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8)),
+        )
+
+
+def test_a_deep_net_without_shortcuts_settles_as_its_weights_move():
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+    blocks = [Bottleneck() for _ in range(12)]
+    module = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    x, y, net = torch.randn(16, 3, 8, 8), torch.randint(10, (16,)), ControlledNetwork(module)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with net.taught_by(DFC()) as lesson:
+            loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        assert lesson.settled.converged.all() and lesson.settled.iterations <= 6

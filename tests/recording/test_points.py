@@ -72,7 +72,7 @@ def test_what_is_no_chain_settles_and_teaches_every_parameter(name):
     module = GENERAL[name].double()
     torch.manual_seed(1)
     x, y = torch.randn(8, 6).double(), torch.randint(3, (8,))
-    net = ControlledNetwork(module)
+    net = ControlledNetwork(module, feedback_init="xavier_normal")
     with net.taught_by(DFC()) as lesson:
         loss = F.cross_entropy(net(x), y)
     loss.backward()
