@@ -15,6 +15,7 @@ from dfc_lightning.operations.max_pool import MaxPool
 from dfc_lightning.operations.nonlinearity import Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
 from dfc_lightning.operations.operation import Operation, Slot
 from dfc_lightning.operations.rate import Rate
+from dfc_lightning.operations.surrogate import surrogate
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def _linear(call: Call) -> Operation | None:
 def _max_pool(call: Call) -> Operation | None:
     dims = int(call.name[-2])
     return MaxPool(*call.parts, dims=dims) if call.one and call.x.dim() == dims + 2 else None
+
+
+@handles(f"fake_quantize_per_{kind}_affine" for kind in ("tensor", "channel"))
+def _quantised(call: Call) -> Operation | None:
+    return surrogate(call.name, call.parts, call.values)
 
 
 def _rate(phi: Callable[[Call], Nonlinearity]) -> Handler:

@@ -15,7 +15,7 @@ from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
 from dfc_lightning.recording.assembly import segment_of, site_of
-from dfc_lightning.recording.beside import cut, refuse_history
+from dfc_lightning.recording.beside import Step, cut, guarded, only_aside, refuse_empty, wants_input_gradient
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
 
@@ -63,6 +63,7 @@ class Recorder:
         self.heard: dict[int, Slot] = {}
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
+        self.step, self.aside = Step(), False
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -70,20 +71,23 @@ class Recorder:
         """Whether the module is called beside the pass that is recorded: without gradients, for a pseudo-label, say."""
         return self.tape.beside
 
-    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
-            return
-        name = self.names[id(layer)]
+            return None
+        name, received = self.names[id(layer)], input_of(args, kwargs)
+        if wants_input_gradient(name, received):
+            self.aside = True
+            return with_guard(name, args, kwargs, self.step)
+        refuse_empty(name, received)
         if id(layer) not in self.waiting:
             raise called_twice(name)
-        received = args[0] if args else kwargs["input"]
-        refuse_history(name, received)
         self.heard[id(layer)] = self.tape.enter(received)
+        return None
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: hand the output on without its history."""
-        if self.beside:
+        if self.beside or wants_input_gradient(self.names[id(layer)], input_of(args, kwargs)):
             return output
         point = self.waiting.pop(id(layer))
         self.order.append(point)
@@ -95,10 +99,13 @@ class Recorder:
     def close(self) -> None:
         """Let go of what was recorded."""
         self.tape.close()
+        self.step.open = False
         self.heard, self.passages = {}, []
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
+        if self.aside and not self.order:
+            raise only_aside()
         if self.waiting:
             raise not_reached([self.names[key] for key in self.waiting], bool(self.order))
         if self.tape.output is None:
@@ -161,6 +168,19 @@ class Recorder:
         return full
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_guard(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
+    """The arguments of a call for the gradient by its input, or None for as they are."""
+    with_ = guarded(name, input_of(args, kwargs), step)
+    if with_ is None:
+        return None
+    return ((with_, *args[1:]), kwargs) if args else (args, {**kwargs, "input": with_})
+
+
 def called_twice(name: str) -> ControlError:
     """What to say of a layer that is called again before the step is over."""
     return ControlError(
@@ -183,8 +203,9 @@ def not_reached(names: list[str], some: bool) -> ControlError:
 
 
 def _refuse_detach(program: Sequence[Operation]) -> None:
-    if any(each.name == "detach" for each in program):
+    if any(each.name == "detach" or each.function == Tensor.data.__get__ for each in program):  # type: ignore[attr-defined]
         raise ControlError(
-            "The network's output depends on a detach() within it: what is fed forward there, no error comes back for. "
-            "Take it out, or freeze the layers before it with requires_grad_(False)."
+            "The network's output depends on a detach(), or on .data, within it: what is fed forward there, no error "
+            "comes back for. Take it out, write it as an autograd.Function with a backward of its own, or freeze the "
+            "layers before it with requires_grad_(False)."
         )

@@ -16,6 +16,12 @@ from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import Call, draws_random_numbers, moves_statistics, operation
+from dfc_lightning.operations.surrogate import surrogate
+from dfc_lightning.recording.own_backward import FunctionCall
+
+
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
@@ -47,6 +53,7 @@ class Tape(TorchFunctionMode):
         self._slot: dict[int, Slot] = {}
         self._alive: list[Tensor] = []  # what has a slot must keep its id
         self._stale: set[int] = set()
+        self._own: dict[int, tuple[FunctionCall, Operation, dict[int, Slot]]] = {}  # by node
         self._paused = False
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
@@ -107,6 +114,49 @@ class Tape(TorchFunctionMode):
         self.operations.append(Product(torch.mul, [source, kept], {}, [source, kept], [target]))
         return result
 
+    def note(self, call: FunctionCall) -> None:
+        """Keep a call of an autograd function, to be recorded when a result of it is used that has its history."""
+        if self.output is not None or self._paused:
+            return
+        with self.paused():
+            made = {k: t for k, t in enumerate(_tuple(call.result)) if isinstance(t, Tensor)}
+            if not self._concerned(call.args, {}) or len(made) != len(tensors_of(call.result)):
+                return
+            args = self._with_slots(call.args)
+            inputs, passed = slots_in(args), 0
+            for slot in inputs:
+                passed |= self._passed[slot]
+            outputs = {k: self._nameless(t, passed) for k, t in made.items()}
+            parts = call.function.apply, args, {}, inputs, list(outputs.values())
+            self.operations.append(Operation(*parts))
+            self._own[id(call.node)] = call, self.operations[-1], outputs
+
+    def _resolve(self, tensor: Tensor) -> Slot | None:
+        """The slot of a tensor, which an autograd function may just have returned."""
+        slot = self._slot.get(id(tensor))
+        if slot is not None or not self._own:
+            return slot
+        call, noted, outputs = self._own.get(id(tensor.grad_fn), (None, None, {}))
+        if call is None or noted is None:
+            return None
+        if noted in self.operations:
+            self.operations[self.operations.index(noted)] = self._with_own_backward(call, noted)
+        slot = outputs[tensor.output_nr]
+        self._slot[id(tensor)] = slot
+        self._alive[slot] = tensor
+        return slot
+
+    def _with_own_backward(self, call: FunctionCall, noted: Operation) -> Operation:
+        name = call.function.__name__
+        if getattr(call.node, "dirty_tensors", None):
+            raise ControlError(
+                f"The function {name} overwrites its argument, and would do so again and again while the network "
+                "settles. Let its forward return a new tensor, without mark_dirty()."
+            )
+        parts = noted.function, noted.args, noted.kwargs, noted.inputs, noted.outputs
+        with self.paused():
+            return surrogate(name, parts, self._values)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Record nothing inside."""
@@ -119,7 +169,7 @@ class Tape(TorchFunctionMode):
     def enter(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, a new one if it comes from outside."""
         with self.paused():
-            slot = self._slot.get(id(tensor))
+            slot = self._resolve(tensor)
             return self._new(tensor, 0) if slot is None else slot
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
@@ -179,12 +229,13 @@ class Tape(TorchFunctionMode):
     def close(self) -> None:
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
         self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
+        self._own = {}
         self._at_output = lambda output: output
 
     # Slots
 
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        return any(id(t) in self._slot for t in tensors_of([*args, *kwargs.values()]))
+        return any(self._resolve(t) is not None for t in tensors_of([*args, *kwargs.values()]))
 
     def _with_slots(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -210,8 +261,12 @@ class Tape(TorchFunctionMode):
         return not fixed and tensor.dim() > 1 and tensor.shape[0] == batch
 
     def _new(self, tensor: Tensor, passed: int) -> Slot:
-        slot = Slot(len(self._values))
+        slot = self._nameless(tensor, passed)
         self._slot[id(tensor)] = slot
+        return slot
+
+    def _nameless(self, tensor: Tensor, passed: int) -> Slot:
+        slot = Slot(len(self._values))
         self._alive.append(tensor)
         self._values.append(tensor.detach())
         self._passed.append(passed)
