@@ -132,3 +132,11 @@ def only_aside() -> ControlError:
         "The network was called only with an input that wants a gradient, as for adversarial examples or saliency. "
         "Such a call is left to autograd; the call that is to be taught is given its input with detach()."
     )
+
+
+def only_without_gradients() -> ControlError:
+    """What to say if the network was called where gradients were switched off alone."""
+    return ControlError(
+        "The network was called without gradients only, so that the loss does not depend on its output. Take the call "
+        "that is to be taught out of no_grad()."
+    )

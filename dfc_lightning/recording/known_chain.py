@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.recording.beside import Step, cut, only_aside, refuse_empty, wants_input_gradient
+from dfc_lightning.recording.beside import (
+    Step,
+    cut,
+    only_aside,
+    only_without_gradients,
+    refuse_empty,
+    wants_input_gradient,
+)
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.recorder import called_twice, input_of, not_reached, with_guard
 from dfc_lightning.recording.structure import Link
@@ -33,7 +40,7 @@ class KnownChain:
         self.points, self.links, self.at_output = points, links, at_output
         self.inputs: list[Tensor] = []
         self.voltages: list[Tensor] = []
-        self.step, self.aside = Step(), False
+        self.step, self.aside, self.silent = Step(), False, False
         self._with_grad = torch.is_grad_enabled()
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -45,6 +52,7 @@ class KnownChain:
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
         if torch.is_grad_enabled() != self._with_grad:
+            self.silent = True
             return output  # a call beside the one that is taught: a pseudo-label, a look at something
         place = next(k for k, p in enumerate(self.points) if p.layer is layer)
         point, received = self.points[place], input_of(args, kwargs)
@@ -75,6 +83,8 @@ class KnownChain:
         """Complain of layers that the pass did not reach."""
         if self.aside and not self.inputs:
             raise only_aside()
+        if self.silent and not self.inputs:
+            raise only_without_gradients()
         if len(self.inputs) < len(self.points):
             raise not_reached([p.name for p in self.points[len(self.inputs) :]], bool(self.inputs))
 

@@ -15,7 +15,15 @@ from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
 from dfc_lightning.recording.assembly import segment_of, site_of
-from dfc_lightning.recording.beside import Step, cut, guarded, only_aside, refuse_empty, wants_input_gradient
+from dfc_lightning.recording.beside import (
+    Step,
+    cut,
+    guarded,
+    only_aside,
+    only_without_gradients,
+    refuse_empty,
+    wants_input_gradient,
+)
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
 
@@ -63,7 +71,7 @@ class Recorder:
         self.heard: dict[int, Slot] = {}
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
-        self.step, self.aside = Step(), False
+        self.step, self.aside, self.silent = Step(), False, False
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -74,6 +82,7 @@ class Recorder:
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
+            self.silent = True
             return None
         name, received = self.names[id(layer)], input_of(args, kwargs)
         if wants_input_gradient(name, received):
@@ -106,6 +115,8 @@ class Recorder:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
         if self.aside and not self.order:
             raise only_aside()
+        if self.silent and not self.order:
+            raise only_without_gradients()
         if self.waiting:
             raise not_reached([self.names[key] for key in self.waiting], bool(self.order))
         if self.tape.output is None:
@@ -114,8 +125,8 @@ class Recorder:
                 "The network has no output of the shape (B, n_L) that depends on all its layers"
                 + (f": that of {', '.join(lost)} is lost on the way. " if lost else ". ")
                 + "Feedback control drives one such output to a target; flatten or average what has more dimensions, "
-                "and let every controlled layer contribute, in torch functions of tensors, or name a submodule with "
-                "network='…'."
+                "and let every controlled layer contribute, in torch functions of tensors (what numpy or torch.jit "
+                "computes is out of sight), or name a submodule with network='…'."
             )
 
     def _reached(self, output: Tensor) -> Tensor:

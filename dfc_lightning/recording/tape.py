@@ -15,7 +15,7 @@ from dfc_lightning.operations.arguments import named, tensors_of, writes_into_ar
 from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
-from dfc_lightning.operations.recognise import Call, draws_random_numbers, moves_statistics, operation
+from dfc_lightning.operations.recognise import Call, operation, refuse_unrepeatable
 from dfc_lightning.operations.surrogate import surrogate
 from dfc_lightning.recording.own_backward import FunctionCall
 
@@ -71,7 +71,7 @@ class Tape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
-        _refuse(func, args, kwargs)
+        refuse_unrepeatable(func, args, kwargs)
         return self.look(self._recorders.get(name, self._call)(func, args, kwargs))
 
     @property
@@ -122,13 +122,17 @@ class Tape(TorchFunctionMode):
             made = {k: t for k, t in enumerate(_tuple(call.result)) if isinstance(t, Tensor)}
             if not self._concerned(call.args, {}) or len(made) != len(tensors_of(call.result)):
                 return
+            if getattr(call.node, "dirty_tensors", None):
+                raise ControlError(
+                    f"The function {call.function.__name__} overwrites its argument, and would do so again and again "
+                    "while the network settles. Let its forward return a new tensor, without mark_dirty()."
+                )
             args = self._with_slots(call.args)
             inputs, passed = slots_in(args), 0
             for slot in inputs:
                 passed |= self._passed[slot]
             outputs = {k: self._nameless(t, passed) for k, t in made.items()}
-            parts = call.function.apply, args, {}, inputs, list(outputs.values())
-            self.operations.append(Operation(*parts))
+            self.operations.append(Operation(call.function.apply, args, {}, inputs, list(outputs.values())))
             self._own[id(call.node)] = call, self.operations[-1], outputs
 
     def _resolve(self, tensor: Tensor) -> Slot | None:
@@ -140,22 +144,14 @@ class Tape(TorchFunctionMode):
         if call is None or noted is None:
             return None
         if noted in self.operations:
-            self.operations[self.operations.index(noted)] = self._with_own_backward(call, noted)
+            parts = noted.function, noted.args, noted.kwargs, noted.inputs, noted.outputs
+            with self.paused():
+                known = surrogate(call.function.__name__, parts, self._values)
+            self.operations[self.operations.index(noted)] = known
         slot = outputs[tensor.output_nr]
         self._slot[id(tensor)] = slot
         self._alive[slot] = tensor
         return slot
-
-    def _with_own_backward(self, call: FunctionCall, noted: Operation) -> Operation:
-        name = call.function.__name__
-        if getattr(call.node, "dirty_tensors", None):
-            raise ControlError(
-                f"The function {name} overwrites its argument, and would do so again and again while the network "
-                "settles. Let its forward return a new tensor, without mark_dirty()."
-            )
-        parts = noted.function, noted.args, noted.kwargs, noted.inputs, noted.outputs
-        with self.paused():
-            return surrogate(name, parts, self._values)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -244,7 +240,7 @@ class Tape(TorchFunctionMode):
                     "A tensor is used after a view of it, or what it is a view of, was overwritten in place. While the "
                     "network settles that cannot be followed; use the operation that is not in place."
                 )
-            slot = self._slot.get(id(tree))
+            slot = self._resolve(tree)
             if slot is None and self._is_of_samples(tree):
                 slot = self._new(tree, 0)
             return tree if slot is None else slot
@@ -296,18 +292,3 @@ class Tape(TorchFunctionMode):
             )
         outputs = [self._new(t, passed) for t in made]
         self.operations.append(operation(Call(func, args, kwargs, inputs, outputs, self._values)))
-
-
-def _refuse(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise a :class:`ControlError` for a call that cannot be made again as it was."""
-    name = getattr(func, "__name__", str(func))
-    if draws_random_numbers(func, args, kwargs):
-        raise ControlError(
-            f"The network draws random numbers in {name}, which cannot be drawn alike while it settles. Use "
-            "nn.Dropout, whose masks are kept, or take it out."
-        )
-    if kwargs.get("out") is not None or moves_statistics(func, args, kwargs):
-        raise ControlError(
-            f"The call of {name} writes into a tensor from outside, and would do so again and again while the "
-            "network settles. Leave out=… away, and track_running_stats."
-        )
