@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from dfc_lightning import DFC, ControlError, ControlledNetwork
+from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
 
 
 class Via(nn.Module):
@@ -77,6 +78,12 @@ def renormed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
 
 
+def quantising() -> nn.Module:
+    net = sequential(nn.Tanh()).train()
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    return torch.ao.quantization.prepare_qat(net)
+
+
 def via(between: Callable[[Tensor], Tensor]) -> nn.Module:
     return Via(lambda m, x: m.c(m.b(between(m.a(x)))))
 
@@ -123,6 +130,21 @@ WHEN_MADE = {
     "lazy": Case(lambda: nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3)), "'0' has no weights yet"),
     "weight norm": Case(lambda: renormed(nn.utils.parametrizations.weight_norm), "parametrizations.*Freeze"),
     "spectral norm": Case(lambda: renormed(nn.utils.parametrizations.spectral_norm), "parametrizations.*Freeze"),
+    "scripted": Case(lambda: torch.jit.script(sequential(nn.Tanh())), r"The module is compiled by torch\.jit"),
+    "traced part": Case(
+        lambda: sequential(torch.jit.trace(nn.Linear(5, 5), torch.randn(2, 5))), r"'1' is compiled by torch\.jit"
+    ),
+    "pruned": Case(
+        lambda: renormed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), r"'0' is pruned: its weight"
+    ),
+    "pruned kernel": Case(
+        lambda: nn.Sequential(prune.ln_structured(nn.Conv2d(2, 2, 3), "weight", 0.5, 2, 0), nn.Flatten()),
+        r"'0' is pruned: its weight",
+    ),
+    "pruned bias": Case(
+        lambda: renormed(lambda layer: prune.l1_unstructured(layer, "bias", 0.5)), r"'0' is pruned: its bias"
+    ),
+    "quantising": Case(lambda: quantising(), "'0' quantises its weight"),
     "even kernel": Case(lambda: nn.Sequential(nn.Conv2d(2, 2, 2, padding="same")), "'0' has padding='same'"),
 }
 
@@ -166,6 +188,21 @@ WHEN_RUN = {
     "random dropout": Case(lambda: via(lambda h: F.alpha_dropout(h, 0.5, True)), "random numbers in alpha_dropout"),
     "complex numbers": Case(lambda: via(lambda h: h + torch.fft.fft(h).real), "complex numbers in fft_fft"),
     "straight through": Case(lambda: via(lambda h: h + (torch.sign(h) - h).detach()), r"depends on a detach\(\)"),
+    "straight through by data": Case(lambda: via(lambda h: h + (torch.sign(h) - h).data), r"depends on .* \.data"),
+    "a comparison": Case(lambda: via(lambda h: (h > 0).float()), "comes back to the layer 'a': .*through gt,.*Freeze"),
+    "steps": Case(
+        lambda: via(lambda h: torch.where(h > 0, torch.ones_like(h), torch.zeros_like(h))), "'a': .*through gt,"
+    ),
+    "one of n": Case(lambda: via(lambda h: torch.eye(5)[h.argmax(1)]), "'a': .*through argmax,"),
+    "whole numbers": Case(lambda: via(lambda h: (10 * h).long().float()), "'a': .*through long,"),
+    "sorted into bins": Case(
+        lambda: via(lambda h: torch.bucketize(h, torch.linspace(-1, 1, 5)).float()), "'a': .*through bucketize,"
+    ),
+    "torch's own step": Case(lambda: via(lambda h: torch.heaviside(h, torch.zeros(()))), "through heaviside: .*Freeze"),
+    "a comparison of maps": Case(
+        lambda: Maps(lambda m, x: m.fc((m.c(x) > 0).float().flatten(1))), "'c': .*through gt,", True
+    ),
+    "a scripted function": Case(lambda: sequential(torch.jit.script(nn.Tanh())), r"that of 0 is lost.*torch\.jit"),
     "a view overwritten": Case(lambda: via(half_in_place), "after a view of it"),
     "its weight transformed": Case(
         lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
@@ -221,3 +258,104 @@ def test_a_loss_beside_the_output_is_refused_when_its_gradient_comes_back(name, 
         loss = net(x).square().sum()
     with pytest.raises(ControlError, match=WHEN_TAUGHT[name].message):
         loss.backward()
+
+
+SUPERFLUOUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rounded": torch.round,
+    "signs": torch.sign,
+    "floor": torch.floor,
+    "clamped far off": lambda h: h.clamp(10.0, 11.0),
+}
+
+
+@pytest.mark.parametrize("name", SUPERFLUOUS)
+def test_a_derivative_that_is_zero_is_as_autograd_has_it(name):
+    module = via(SUPERFLUOUS[name])
+    net = ControlledNetwork(module)
+    x = torch.randn(8, 6)
+    with net.taught_by(Backprop()):
+        loss = net(x).square().sum()
+    loss.backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    module(x).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, 1e-4, 1e-6) for g, p in zip(found, module.parameters(), strict=True))
+    assert not module.a.weight.grad.any() and module.c.weight.grad.any()
+
+
+def learns(module: nn.Module, x: Tensor) -> bool:
+    """Whether every trainable parameter is taught backprop's gradient by ``Backprop()``, and something by ``DFC()``."""
+    found = {}
+    for rule in (Backprop(), DFC()):
+        net = ControlledNetwork(module)
+        with net.taught_by(rule):
+            loss = net(x).square().mean()
+        loss.backward()
+        found[type(rule)] = [p.grad.clone() for p in module.parameters() if p.requires_grad]
+        module.zero_grad()
+    module(x).square().mean().backward()
+    true = [p.grad for p in module.parameters() if p.requires_grad]
+    same = all(torch.allclose(g, t, 1e-4, 1e-6) for g, t in zip(found[Backprop], true, strict=True))
+    return same and all(g.any() for g in found[DFC])
+
+
+def frozen_script() -> nn.Module:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    for p in scripted.parameters():
+        p.requires_grad_(False)
+    return nn.Sequential(scripted, *sequential(nn.Tanh()))
+
+
+def pruned_for_good() -> nn.Module:
+    net = sequential(nn.Tanh())
+    prune.remove(prune.l1_unstructured(net[0], "weight", 0.5), "weight")
+    return net
+
+
+def pruned_and_frozen() -> nn.Module:
+    net = sequential(nn.Tanh())
+    prune.l1_unstructured(net[0], "weight", 0.5).requires_grad_(False)
+    return net
+
+
+REMEDIES: dict[str, Callable[[], nn.Module]] = {
+    "a scripted part is frozen": frozen_script,
+    "pruning is made permanent": pruned_for_good,
+    "a pruned layer is frozen": pruned_and_frozen,
+    "layers before a comparison are frozen": lambda: frozen_before(lambda h: (h > 0).float()),
+    "layers before a step are frozen": lambda: frozen_before(lambda h: torch.heaviside(h, torch.zeros(()))),
+    "layers before a detach() are frozen": lambda: frozen_before(lambda h: h + (torch.sign(h) - h).detach()),
+}
+
+
+def frozen_before(between: Callable[[Tensor], Tensor]) -> nn.Module:
+    module = via(between)
+    module.a.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_the_errors_ask_for_helps(name):
+    assert learns(REMEDIES[name](), torch.randn(8, 6))
+
+
+def test_a_module_may_be_compiled_pruned_or_quantised_when_it_is_trained():
+    module, x = sequential(nn.Tanh()), torch.randn(8, 6)
+    assert learns(module, x)
+    scripted = torch.jit.script(module)
+    assert torch.allclose(scripted(x), module(x))
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    assert torch.allclose(quantised(x), module(x), atol=0.1)
+    prune.l1_unstructured(module[0], "weight", 0.5)
+    assert not torch.allclose(scripted(x), module(x))
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("seen", [False, True], ids=["first pass", "later pass"])
+def test_an_empty_batch_is_refused(general, seen):
+    net = ControlledNetwork(sequential(nn.Tanh()), general=general)
+    if seen:
+        net.observe(torch.randn(8, 6))
+    with pytest.raises(ControlError, match=r"'0' is given no samples: .*\(0, 6\).*return None from training_step"):
+        net.observe(torch.randn(0, 6))
+    net.observe(torch.randn(8, 6))
