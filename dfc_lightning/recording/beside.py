@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,9 +135,9 @@ def only_aside() -> ControlError:
     )
 
 
-def only_without_gradients() -> ControlError:
-    """What to say if the network was called where gradients were switched off alone."""
+def only_without_gradients(names: Sequence[str]) -> ControlError:
+    """What to say of layers that were called where gradients were switched off alone."""
     return ControlError(
-        "The network was called without gradients only, so that the loss does not depend on its output. Take the call "
-        "that is to be taught out of no_grad()."
+        f"The layers {', '.join(names)} were called without gradients only, so that the loss does not depend on them. "
+        "Take the call that is to be taught out of no_grad(), and give torch.utils.checkpoint use_reentrant=False."
     )

@@ -40,7 +40,8 @@ class KnownChain:
         self.points, self.links, self.at_output = points, links, at_output
         self.inputs: list[Tensor] = []
         self.voltages: list[Tensor] = []
-        self.step, self.aside, self.silent = Step(), False, False
+        self.step, self.aside = Step(), False
+        self.silent: set[str] = set()
         self._with_grad = torch.is_grad_enabled()
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +53,7 @@ class KnownChain:
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
         if torch.is_grad_enabled() != self._with_grad:
-            self.silent = True
+            self.silent.update(p.name for p in self.points if p.layer is layer)
             return output  # a call beside the one that is taught: a pseudo-label, a look at something
         place = next(k for k, p in enumerate(self.points) if p.layer is layer)
         point, received = self.points[place], input_of(args, kwargs)
@@ -83,10 +84,9 @@ class KnownChain:
         """Complain of layers that the pass did not reach."""
         if self.aside and not self.inputs:
             raise only_aside()
-        if self.silent and not self.inputs:
-            raise only_without_gradients()
         if len(self.inputs) < len(self.points):
-            raise not_reached([p.name for p in self.points[len(self.inputs) :]], bool(self.inputs))
+            names, some = [p.name for p in self.points[len(self.inputs) :]], bool(self.inputs)
+            raise only_without_gradients(names) if self.silent.issuperset(names) else not_reached(names, some)
 
     def close(self) -> None:
         """Let go of what was noted."""

@@ -71,7 +71,8 @@ class Recorder:
         self.heard: dict[int, Slot] = {}
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
-        self.step, self.aside, self.silent = Step(), False, False
+        self.step, self.aside = Step(), False
+        self.silent: set[str] = set()
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -82,7 +83,7 @@ class Recorder:
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
-            self.silent = True
+            self.silent.add(self.names[id(layer)])
             return None
         name, received = self.names[id(layer)], input_of(args, kwargs)
         if wants_input_gradient(name, received):
@@ -115,10 +116,11 @@ class Recorder:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
         if self.aside and not self.order:
             raise only_aside()
-        if self.silent and not self.order:
-            raise only_without_gradients()
         if self.waiting:
-            raise not_reached([self.names[key] for key in self.waiting], bool(self.order))
+            names = [self.names[key] for key in self.waiting]
+            raise (
+                only_without_gradients(names) if self.silent.issuperset(names) else not_reached(names, bool(self.order))
+            )
         if self.tape.output is None:
             lost = [self.names[key] for key, bit in self.bits.items() if not self.tape.reaches_end(bit)]
             raise ControlError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
 
@@ -146,8 +147,33 @@ def test_a_call_without_gradients_alone_teaches_nothing(general, seen):
     net, (x, _) = ControlledNetwork(NETS["chain"](), general=general), batch()
     if seen:
         net.observe(x)
-    with pytest.raises(ControlError, match=r"without gradients only.*out of no_grad\(\)"):
+    with pytest.raises(ControlError, match=r"layers 0, 2 were called without gradients only.*out of no_grad\(\)"):
         with net.taught_by(DFC()), torch.no_grad():
             net(x)
     with net.taught_by(DFC()):
         net(x)
+
+
+class Checkpointed(nn.Sequential):
+    """The first layer is run again on the way back."""
+
+    reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](self[1](checkpoint(self[0], x, use_reentrant=self.reentrant)))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_may_be_checkpointed_as_the_error_says():
+    module, (x, _) = Checkpointed(*NETS["chain"]()), batch()
+    net = ControlledNetwork(module)
+    with pytest.raises(ControlError, match="layers 0 were called without gradients only.*use_reentrant=False"):
+        net.observe(x)
+    module.reentrant = False
+    with net.taught_by(Backprop()):
+        loss = net(x).square().sum()
+    loss.backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    module(x).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, 1e-4, 1e-6) for g, p in zip(found, module.parameters(), strict=True))

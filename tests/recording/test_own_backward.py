@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionMeta, once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
 from dfc_lightning.passes.recorded import RecordedPass
@@ -390,7 +391,8 @@ def test_another_thread_s_are_not_noticed():
     seen: list[Tensor] = []
 
     def phi(v: Tensor) -> Tensor:
-        thread = threading.Thread(target=lambda: seen.append(Stochastic.apply(v.detach())))
+        own = v.clone()
+        thread = threading.Thread(target=lambda: seen.append(InPlace.apply(own)))  # would be refused here
         thread.start()
         thread.join()
         return straight(v)
@@ -413,6 +415,20 @@ def test_two_networks_may_be_watched_at_once():
         found = [p.grad.clone() for p in net.module.parameters()]
         for each, true in zip(found, by_autograd(net.module), strict=True):
             assert torch.allclose(each, true, 1e-4, 1e-7)
+
+
+def kept_apart(reentrant: bool) -> nn.Module:
+    module = Between(torch.tanh)
+    module.phi = lambda v: checkpoint(torch.tanh, v, use_reentrant=reentrant)
+    return module
+
+
+def test_activations_may_be_checkpointed_as_the_error_says():
+    with pytest.raises(ControlError, match="CheckpointFunction has a backward of its own .*use_reentrant=False"):
+        taught(ControlledNetwork(kept_apart(True)), Backprop())
+    module = kept_apart(False)
+    for found, true in zip(taught(ControlledNetwork(module), Backprop()), by_autograd(module), strict=True):
+        assert torch.allclose(found, true, 1e-4, 1e-7)
 
 
 def test_functions_are_left_alone_after_an_error():

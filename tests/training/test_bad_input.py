@@ -9,10 +9,10 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched
+from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched, weights
 from torch import Tensor, nn
 
-from dfc_lightning import ControlError, DFCStrategy
+from dfc_lightning import Backprop, ControlError, DFCStrategy
 
 
 def refused(
@@ -205,6 +205,58 @@ def test_what_is_not_elementwise_is_trained(between):
     quiet(s, max_epochs=1).fit(module, loader())
     assert all(v.isfinite().all() and not torch.equal(v, before[k]) for k, v in module.named_parameters())
     assert s.lesson.settled.converged.all() and untouched(module)
+
+
+def adversarial(module: Innocent, batch: Any) -> Tensor:
+    x, y = batch
+    wanting = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(module(wanting), y), wanting)
+    return F.cross_entropy(module(x + 0.1 * slope.sign()), y)
+
+
+def penalised(module: Innocent, batch: Any) -> Tensor:
+    x, y = batch
+    wanting = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(module(wanting), y), wanting, create_graph=True)
+    return F.cross_entropy(module(x), y) + slope.square().sum()
+
+
+def test_adversarial_examples_are_made_in_the_training_step():
+    plain, taught, by_dfc = (Plain(adversarial) for _ in range(3))
+    quiet().fit(plain, loader())
+    quiet(strategy(rule=Backprop())).fit(taught, loader())
+    assert torch.allclose(weights(plain), weights(taught), 1e-4, 1e-5)
+    before = weights(by_dfc)
+    quiet(strategy()).fit(by_dfc, loader())
+    assert not torch.allclose(weights(by_dfc), before)
+
+
+def test_a_gradient_penalty_is_refused():
+    refused(Plain(penalised), "whose input wants a gradient, or on that gradient")
+
+
+class WithAnEmptyBatch(list):
+    """Batches as a loader gives them, the second without samples."""
+
+    def __init__(self) -> None:
+        first, *others = loader()
+        super().__init__([first, [t[:0] for t in first], *others])
+
+
+def test_an_empty_batch_is_refused_and_may_be_skipped():
+    module = Plain()
+    with pytest.raises(ControlError, match="no samples.*return None from training_step"):
+        quiet(strategy(feedback=NO_FEEDBACK)).fit(module, WithAnEmptyBatch())
+    skipping = Plain(lambda m, b: F.cross_entropy(m(b[0]), b[1]) if len(b[0]) else None)
+    without = Plain()
+    quiet(strategy()).fit(skipping, WithAnEmptyBatch())
+    quiet(strategy()).fit(without, loader())
+    assert torch.equal(weights(skipping), weights(without))
+
+
+def test_pruning_while_training_is_refused_at_the_start():
+    pruning = L.pytorch.callbacks.ModelPruning("l1_unstructured", amount=0.5)
+    refused(Plain(), "ModelPruning.*when the module is trained", callbacks=[pruning])
 
 
 def test_the_users_own_error_comes_through():
