@@ -100,7 +100,7 @@ def _sources(name: str, received: Tensor) -> tuple[bool, bool]:
     if received.grad_fn is None:
         leaves, has_guard = [received], False
     else:
-        leaves, has_guard = _leaves(received.grad_fn)
+        leaves, has_guard, _ = _begins(received.grad_fn)
     of_input = any(not isinstance(leaf, nn.Parameter) for leaf in leaves)
     if leaves and not (of_input or has_guard):
         raise ControlError(
@@ -110,21 +110,34 @@ def _sources(name: str, received: Tensor) -> tuple[bool, bool]:
     return of_input or has_guard, has_guard and not of_input
 
 
-def _leaves(start: Any) -> tuple[list[Tensor], bool]:
-    """What a tensor's history begins with, behind neither cut nor guard; and whether there is a guard."""
-    waiting, seen, found, has_guard = [start], set(), [], False
+def refuse_unseen(tensor: Tensor) -> None:
+    """Raise a :class:`ControlError` for what comes of a layer's output by a way that was not recorded."""
+    if tensor.grad_fn is not None and torch.is_grad_enabled() and (name := _begins(tensor.grad_fn)[2]):
+        raise ControlError(
+            f"Something that comes of the layer {name!r} was computed out of sight: by what torch.jit has compiled, "
+            f"torch.func, or an extension of torch ({tensor.grad_fn.name()}). Write it in torch's functions of "
+            "tensors, or as an autograd.Function with a backward of its own, or freeze the layers before it with "
+            "requires_grad_(False)."
+        )
+
+
+def _begins(start: Any) -> tuple[list[Tensor], bool, str]:
+    """What a history begins with, behind neither cut nor guard; whether there is a guard; the name of a cut layer."""
+    waiting, seen, found, has_guard, cut_at = [start], set(), [], False, ""
     while waiting:
         node = waiting.pop()
-        if node in seen or hasattr(node, "cut_at"):
+        if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "guarded"):
+        if hasattr(node, "cut_at"):
+            cut_at = node.cut_at
+        elif hasattr(node, "guarded"):
             has_guard = True
         elif hasattr(node, "variable"):
             found.append(node.variable)
         else:
             waiting.extend(source for source, _ in node.next_functions if source is not None)
-    return found, has_guard
+    return found, has_guard, cut_at
 
 
 def only_aside() -> ControlError:

@@ -17,6 +17,7 @@ from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import Call, operation, refuse_unrepeatable
 from dfc_lightning.operations.surrogate import surrogate
+from dfc_lightning.recording.beside import refuse_unseen
 from dfc_lightning.recording.own_backward import FunctionCall
 
 
@@ -166,7 +167,10 @@ class Tape(TorchFunctionMode):
         """The slot of a tensor, a new one if it comes from outside."""
         with self.paused():
             slot = self._resolve(tensor)
-            return self._new(tensor, 0) if slot is None else slot
+            if slot is None:
+                refuse_unseen(tensor)
+                slot = self._new(tensor, 0)
+            return slot
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
         """Let ``arriving`` pass a control point.
@@ -241,8 +245,9 @@ class Tape(TorchFunctionMode):
                     "network settles that cannot be followed; use the operation that is not in place."
                 )
             slot = self._resolve(tree)
-            if slot is None and self._is_of_samples(tree):
-                slot = self._new(tree, 0)
+            if slot is None:
+                refuse_unseen(tree)
+                slot = self._new(tree, 0) if self._is_of_samples(tree) else None
             return tree if slot is None else slot
         if isinstance(tree, dict):
             return {k: self._with_slots(v) for k, v in tree.items()}

@@ -84,6 +84,11 @@ def quantising() -> nn.Module:
     return torch.ao.quantization.prepare_qat(net)
 
 
+@torch.jit.script
+def scripted_swish(h):
+    return h * torch.sigmoid(h)
+
+
 def via(between: Callable[[Tensor], Tensor]) -> nn.Module:
     return Via(lambda m, x: m.c(m.b(between(m.a(x)))))
 
@@ -202,7 +207,11 @@ WHEN_RUN = {
     "a comparison of maps": Case(
         lambda: Maps(lambda m, x: m.fc((m.c(x) > 0).float().flatten(1))), "'c': .*through gt,", True
     ),
-    "a scripted function": Case(lambda: sequential(torch.jit.script(nn.Tanh())), r"that of 0 is lost.*torch\.jit"),
+    "a scripted function": Case(
+        lambda: sequential(torch.jit.script(nn.Tanh())), r"comes of the layer '0' .*torch\.jit.*Freeze"
+    ),
+    "a scripted branch": Case(lambda: via(lambda h: h + scripted_swish(h)), r"comes of the layer 'a' .*torch\.jit"),
+    "by torch.func": Case(lambda: via(lambda h: h + torch.func.vmap(torch.tanh)(h)), "comes of the layer 'a' "),
     "a view overwritten": Case(lambda: via(half_in_place), "after a view of it"),
     "its weight transformed": Case(
         lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
@@ -322,6 +331,8 @@ REMEDIES: dict[str, Callable[[], nn.Module]] = {
     "a scripted part is frozen": frozen_script,
     "pruning is made permanent": pruned_for_good,
     "a pruned layer is frozen": pruned_and_frozen,
+    "a scripted function is written in torch's": lambda: via(lambda h: h + h * torch.sigmoid(h)),
+    "layers before a scripted function are frozen": lambda: frozen_before(scripted_swish),
     "layers before a comparison are frozen": lambda: frozen_before(lambda h: (h > 0).float()),
     "layers before a step are frozen": lambda: frozen_before(lambda h: torch.heaviside(h, torch.zeros(()))),
     "layers before a detach() are frozen": lambda: frozen_before(lambda h: h + (torch.sign(h) - h).detach()),
