@@ -19,10 +19,13 @@ from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.dense import DensePass, Layers
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.recorded import RecordedPass
+from dfc_lightning.recording.beside import refuse_empty
 from dfc_lightning.recording.dense_chain import dense_chain
 from dfc_lightning.recording.independence import check_named_modules_repeat, check_samples_are_independent
 from dfc_lightning.recording.known_chain import KnownChain
+from dfc_lightning.recording.own_backward import function_calls
 from dfc_lightning.recording.points import ControlPoint, find_points, scope_of
+from dfc_lightning.recording.reach import check_errors_come_back
 from dfc_lightning.recording.recorder import Recorder, Recording
 from dfc_lightning.recording.structure import Structure
 
@@ -201,13 +204,14 @@ class ControlledNetwork:
         watch = self._watch(at_output)
         with contextlib.ExitStack() as stack:
             stack.callback(watch.close)
-            for point in self._layers:
-                if isinstance(watch, Recorder):
+            for k, point in enumerate(self._layers if isinstance(watch, Recorder) else self.points):
+                if isinstance(watch, Recorder) or k == 0:
                     hook = point.layer.register_forward_pre_hook(watch.before, with_kwargs=True)
                     stack.callback(hook.remove)
                 hook = point.layer.register_forward_hook(watch.passed, with_kwargs=True)
                 stack.callback(hook.remove)
             if isinstance(watch, Recorder):
+                stack.enter_context(function_calls(watch.tape.note))
                 stack.enter_context(watch.tape)
             yield
             watch.check_complete()
@@ -244,9 +248,11 @@ class ControlledNetwork:
         if structure is not None:
             structure.check(names, recording.shapes)
         if structure is None or training not in structure.chains:
+            refuse_empty(names[0], frame[record.segments[0].heard])
             with torch.no_grad(), torch.autocast(frame[record.output].device.type, enabled=False):
                 check_samples_are_independent(record, frame)
                 check_named_modules_repeat(record, frame)
+                check_errors_come_back(record, frame, names)
                 chain = dense_chain(record, frame) if bare and not self.general else None
             self.structure = structure = (structure or self._first(recording)).with_mode(training, chain)
         links = structure.chains[training]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named
 from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.linear import Expand, Linear, Product, Reshape, Same, Sum, Weighted
@@ -15,6 +16,7 @@ from dfc_lightning.operations.max_pool import MaxPool
 from dfc_lightning.operations.nonlinearity import Clamp, Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
 from dfc_lightning.operations.operation import Operation, Slot
 from dfc_lightning.operations.rate import Rate
+from dfc_lightning.operations.surrogate import surrogate
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ def _max_pool(call: Call) -> Operation | None:
     return MaxPool(*call.parts, dims=dims) if call.one and call.x.dim() == dims + 2 else None
 
 
+@handles(["fused_moving_avg_obs_fake_quant", *(f"fake_quantize_per_{kind}_affine" for kind in ("tensor", "channel"))])
+def _quantised(call: Call) -> Operation | None:
+    return surrogate(call.name, call.parts, call.values)
+
+
 def _rate(phi: Callable[[Call], Nonlinearity]) -> Handler:
     return lambda call: Rate(*call.parts, phi=phi(call)) if call.one and call.x.shape == call.y.shape else None
 
@@ -216,7 +223,23 @@ def draws_random_numbers(function: Callable[..., Any], args: Sequence[Any], kwar
 
 def moves_statistics(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call moves running statistics, other than those of batch normalisation."""
-    if getattr(function, "__name__", "") != "instance_norm":
-        return False
-    given = named(function, args, kwargs)
-    return given.get("running_mean") is not None and given.get("use_input_stats", True)
+    name, given = getattr(function, "__name__", ""), named(function, args, kwargs)
+    if name == "fused_moving_avg_obs_fake_quant":
+        return bool(given["observer_on"])
+    return name == "instance_norm" and given.get("running_mean") is not None and given.get("use_input_stats", True)
+
+
+def refuse_unrepeatable(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise a :class:`ControlError` for a call that cannot be made again as it was."""
+    name = getattr(func, "__name__", str(func))
+    if draws_random_numbers(func, args, kwargs):
+        raise ControlError(
+            f"The network draws random numbers in {name}, which cannot be drawn alike while it settles. Use "
+            "nn.Dropout, whose masks are kept, take it out, or set the dropout of an attention or recurrent layer to 0."
+        )
+    if kwargs.get("out") is not None or moves_statistics(func, args, kwargs):
+        raise ControlError(
+            f"The call of {name} writes into a tensor from outside, and would do so again and again while the "
+            "network settles. Leave out=… away, and track_running_stats; let torch.ao's observers see the data before, "
+            "and switch them off with disable_observer."
+        )

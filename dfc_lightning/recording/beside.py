@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
 
@@ -37,19 +38,129 @@ def cut(output: Tensor, name: str) -> Tensor:
     return _Cut.apply(handed, anchor, name)  # type: ignore[no-any-return]
 
 
-def refuse_history(what: str, received: Tensor) -> None:
-    """Raise a :class:`ControlError` if a tensor, a layer's input say, was made by something that wants to learn."""
+class Step:
+    """The step that a pass is part of: what happens in it is told from the backward pass that follows.
+
+    Args:
+        open: whether it is not over.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+
+
+class _Guard(torch.autograd.Function):
+    """Lets gradients by the input be taken while the step is open, and nothing learn of them afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, step: Step) -> Tensor:
+        ctx.guarded = step
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if not ctx.guarded.open:
+            raise ControlError(
+                "The loss depends on a call of the network whose input wants a gradient, or on that gradient, as a "
+                "penalty of it does. Feedback control teaches one call, which wants none, and sends nothing back "
+                "through the other: detach() what comes of it, or train this loss by backpropagation."
+            )
+        return _Guard.apply(grads[0], ctx.guarded), None
+
+
+def refuse_empty(name: str, received: Tensor) -> None:
+    """Raise a :class:`ControlError` if a layer is given no samples."""
+    if received.dim() > 0 and received.shape[0] == 0:
+        raise ControlError(
+            f"The layer {name!r} is given no samples: its input has the shape {tuple(received.shape)}. An empty batch "
+            "teaches nothing; return None from training_step before the network is called, which skips the batch, or "
+            "leave it out of the data."
+        )
+
+
+def wants_input_gradient(name: str, received: Tensor) -> bool:
+    """Whether a layer is called for the gradient by the network's input: such a call is left to autograd.
+
+    Raises:
+        ControlError: its input was made by parameters that want to learn.
+    """
+    return _sources(name, received)[0]
+
+
+def guarded(name: str, received: Tensor, step: Step) -> Tensor | None:
+    """What the first layer of a call for the gradient by its input is given instead; None for as it is."""
+    of_input, has_guard = _sources(name, received)
+    return _Guard.apply(received, step) if of_input and not has_guard else None  # type: ignore[no-any-return]
+
+
+def _sources(name: str, received: Tensor) -> tuple[bool, bool]:
+    """Whether a tensor comes of one that is no parameter and wants a gradient, and whether by a guard alone."""
     if not (received.requires_grad and torch.is_grad_enabled()):
-        return
-    waiting, seen = [received.grad_fn], set()
+        return False, False
+    if received.grad_fn is None:
+        leaves, has_guard = [received], False
+    else:
+        leaves, has_guard, _ = _begins(received.grad_fn)
+    of_input = any(not isinstance(leaf, nn.Parameter) for leaf in leaves)
+    if leaves and not (of_input or has_guard):
+        raise _wants_to_learn(f"The input of the layer {name!r}")
+    return of_input or has_guard, has_guard and not of_input
+
+
+def refuse_history(what: str, tensor: Tensor) -> None:
+    """Raise a :class:`ControlError` if a tensor was made by something that wants to learn."""
+    if tensor.requires_grad and torch.is_grad_enabled() and (tensor.grad_fn is None or _begins(tensor.grad_fn)[0]):
+        raise _wants_to_learn(what)
+
+
+def _wants_to_learn(what: str) -> ControlError:
+    return ControlError(
+        f"{what} wants a gradient, but feedback control sends none back through a layer: what computes it would not "
+        "learn. Freeze that with requires_grad_(False), or detach() it."
+    )
+
+
+def refuse_unseen(tensor: Tensor) -> None:
+    """Raise a :class:`ControlError` for what comes of a layer's output by a way that was not recorded."""
+    if tensor.grad_fn is not None and torch.is_grad_enabled() and (name := _begins(tensor.grad_fn)[2]):
+        raise ControlError(
+            f"Something that comes of the layer {name!r} was computed out of sight: by what torch.jit has compiled, "
+            f"torch.func, or an extension of torch ({tensor.grad_fn.name()}). Write it in torch's functions of "
+            "tensors, or as an autograd.Function with a backward of its own, or freeze the layers before it with "
+            "requires_grad_(False)."
+        )
+
+
+def _begins(start: Any) -> tuple[list[Tensor], bool, str]:
+    """What a history begins with, behind neither cut nor guard; whether there is a guard; the name of a cut layer."""
+    waiting, seen, found, has_guard, cut_at = [start], set(), [], False, ""
     while waiting:
         node = waiting.pop()
-        if node in seen or hasattr(node, "cut_at"):
+        if node in seen:
             continue
         seen.add(node)
-        if node is None or hasattr(node, "variable"):  # the input itself, or a leaf that it is made of
-            raise ControlError(
-                f"{what} wants a gradient, but feedback control sends none back through a layer: what computes it "
-                "would not learn. Freeze that with requires_grad_(False), or detach() it."
-            )
-        waiting.extend(source for source, _ in node.next_functions if source is not None)
+        if hasattr(node, "cut_at"):
+            cut_at = node.cut_at
+        elif hasattr(node, "guarded"):
+            has_guard = True
+        elif hasattr(node, "variable"):
+            found.append(node.variable)
+        else:
+            waiting.extend(source for source, _ in node.next_functions if source is not None)
+    return found, has_guard, cut_at
+
+
+def only_aside() -> ControlError:
+    """What to say if the network was called for the gradient by its input alone."""
+    return ControlError(
+        "The network was called only with an input that wants a gradient, as for adversarial examples or saliency. "
+        "Such a call is left to autograd; the call that is to be taught is given its input with detach()."
+    )
+
+
+def only_without_gradients(names: Sequence[str]) -> ControlError:
+    """What to say of layers that were called where gradients were switched off alone."""
+    return ControlError(
+        f"The layers {', '.join(names)} were called without gradients only, so that the loss does not depend on them. "
+        "Take the call that is to be taught out of no_grad(), and give torch.utils.checkpoint use_reentrant=False."
+    )

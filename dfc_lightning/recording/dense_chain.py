@@ -13,6 +13,7 @@ from dfc_lightning.operations.nonlinearity import Elementwise, Identity, Nonline
 from dfc_lightning.operations.operation import Frame, Operation, Slot
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.operations.rate import Rate
+from dfc_lightning.operations.surrogate import Surrogate, SurrogateRate
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import Segment
 from dfc_lightning.recording.structure import Link
@@ -55,6 +56,8 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
     if end not in known:
         return None
     overwrites = any(writes_into_argument(each.function, each.args, each.kwargs) for each in between)
+    if any(isinstance(each, (Surrogate, SurrogateRate)) for each in between):
+        return None  # its other arguments, a slope that is annealed say, may be others in the next pass
     making = [each for each in between if not isinstance(each, Same)]
     if not making:
         return Link(Identity(), overwrites)

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.recording.beside import cut, refuse_history
+from dfc_lightning.recording.beside import (
+    Step,
+    cut,
+    only_aside,
+    only_without_gradients,
+    wants_input_gradient,
+)
 from dfc_lightning.recording.points import ControlPoint
-from dfc_lightning.recording.recorder import called_twice, not_reached
+from dfc_lightning.recording.recorder import called_twice, input_of, not_reached, with_guard
 from dfc_lightning.recording.structure import Link
 
 
@@ -33,16 +39,26 @@ class KnownChain:
         self.points, self.links, self.at_output = points, links, at_output
         self.inputs: list[Tensor] = []
         self.voltages: list[Tensor] = []
-        self.called_beside = False
+        self.step, self.aside = Step(), False
+        self.silent: set[str] = set()
         self._with_grad = torch.is_grad_enabled()
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the first layer: a call for the gradient by the input is left to autograd."""
+        if torch.is_grad_enabled() != self._with_grad:
+            return None
+        return with_guard(self.points[0].name, args, kwargs, self.step)
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: note what went in and out, and hand the output on without its history."""
         if torch.is_grad_enabled() != self._with_grad:
-            self.called_beside = True
+            self.silent.update(p.name for p in self.points if p.layer is layer)
             return output  # a call beside the one that is taught: a pseudo-label, a look at something
         place = next(k for k, p in enumerate(self.points) if p.layer is layer)
-        point, received = self.points[place], args[0] if args else kwargs["input"]
+        point, received = self.points[place], input_of(args, kwargs)
+        if wants_input_gradient(point.name, received):
+            self.aside = True
+            return output
         if place < len(self.inputs):
             raise called_twice(point.name)
         if place > len(self.inputs):
@@ -50,7 +66,6 @@ class KnownChain:
                 f"The layer {point.name!r} is called in another order than in the first step. The layers of a "
                 "controlled chain follow each other the same way in every step."
             )
-        refuse_history(f"The input of the layer {point.name!r}", received)
         if output.dim() != 2:
             raise ControlError(
                 f"The layer {point.name!r} returns the shape {tuple(output.shape)}, but (B, n_out) in the first step. "
@@ -65,10 +80,13 @@ class KnownChain:
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach."""
+        if self.aside and not self.inputs:
+            raise only_aside()
         if len(self.inputs) < len(self.points):
-            missing = [p.name for p in self.points[len(self.inputs) :]]
-            raise not_reached(missing, bool(self.inputs), self.called_beside)
+            names, some = [p.name for p in self.points[len(self.inputs) :]], bool(self.inputs)
+            raise only_without_gradients(names) if self.silent.issuperset(names) else not_reached(names, some)
 
     def close(self) -> None:
         """Let go of what was noted."""
         self.inputs, self.voltages = [], []
+        self.step.open = False

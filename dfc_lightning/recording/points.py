@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -81,6 +82,7 @@ def find_points(module: nn.Module, network: str | None = None, extra_points: Seq
         if any(p.requires_grad for p in layer.parameters())
         and (any(layer is e for e in extra) or (isinstance(layer, (*LAYERS, *NORMS)) and id(layer) not in within))
     ]
+    _refuse_unseen(scope, prefix, within)
     where = type(module).__name__ if network is None else f"network={network!r}"
     if not any(point.is_layer for point in points):
         raise ControlError(
@@ -121,6 +123,40 @@ def _named(module: nn.Module, name: str) -> nn.Module:
             names = ", ".join(repr(each) for each, _ in module.named_modules() if each)
             cause = f"{name!r} is no submodule of {type(module).__name__}. Its submodules are {names}"
         raise ControlError(f"extra_points=[{name!r}] is not possible: {cause}.") from error
+
+
+def _refuse_unseen(scope: nn.Module, prefix: str, within: set[int]) -> None:
+    """Raise a :class:`ControlError` for layers that run out of sight, or whose weights are made anew for each call.
+
+    Args:
+        scope: where to look.
+        prefix: of the names in it.
+        within: ids of the modules that are controlled as a whole.
+    """
+    for name, each in scope.named_modules():
+        if id(each) in within or not any(p.requires_grad for p in each.parameters()):
+            continue
+        called = f"The module {prefix + name!r}" if prefix + name else "The module"
+        if isinstance(each, torch.jit.ScriptModule):
+            raise ControlError(
+                f"{called} is compiled by torch.jit, by script or trace: its layers run out of sight. Train the module "
+                "that it was made of, and compile it when it is trained; or freeze it: for p in m.parameters(): "
+                "p.requires_grad_(False)."
+            )
+        masked = [n.removesuffix("_orig") for n, _ in each.named_parameters(recurse=False) if n.endswith("_orig")]
+        masked = [n for n in masked if f"{n}_mask" in dict(each.named_buffers(recurse=False))]
+        if masked:
+            raise ControlError(
+                f"{called} is pruned: its {' and '.join(masked)} is made anew from a mask at each call. Feedback "
+                f"control teaches parameters as they are; prune when the module is trained, make it permanent with "
+                f"torch.nn.utils.prune.remove(m, {masked[0]!r}), or freeze it with requires_grad_(False)."
+            )
+        if isinstance(each, LAYERS) and hasattr(each, "weight_fake_quant"):
+            raise ControlError(
+                f"{called} quantises its weight at each call, for quantisation-aware training. Feedback control "
+                "teaches parameters as they are; train the module that it was made of, and quantise it when it is "
+                "trained, or freeze it with requires_grad_(False)."
+            )
 
 
 def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str) -> None:

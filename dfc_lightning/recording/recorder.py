@@ -17,7 +17,15 @@ from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
 from dfc_lightning.recording.assembly import does_more, is_own_call, is_untaught_norm, segment_of, site_of, uses
-from dfc_lightning.recording.beside import cut, refuse_history
+from dfc_lightning.recording.beside import (
+    Step,
+    cut,
+    guarded,
+    only_aside,
+    only_without_gradients,
+    refuse_history,
+    wants_input_gradient,
+)
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
 
@@ -69,7 +77,8 @@ class Recorder:
         self.tape = Tape(len(points), self._reached, self._called, fixed)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
-        self.called_beside = False
+        self.step, self.aside = Step(), False
+        self.silent: set[str] = set()
         self._running: list[tuple[nn.Module, Any]] = []  # layers, each with what it was given
         self._named: dict[int, NamedSegment] = {}
         self._aside: dict[Slot, str] = {}  # what named modules return beside their voltages
@@ -81,34 +90,37 @@ class Recorder:
         """Whether the module is called beside the pass that is recorded: without gradients, for a pseudo-label, say."""
         return self.tape.beside
 
-    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
-            self.called_beside = True
-            return
+            self.silent.add(self.names[id(layer)])
+            return None
         name = self.names[id(layer)]
-        if id(layer) not in self.waiting:
-            raise called_twice(name)
         given = tensors_of([args, kwargs])
         if not given:
             raise ControlError(
                 f"The module {name!r} is called without a tensor among its arguments. Call it with tensors, each an "
                 "argument or in a tuple, list or dict: a sequence that is packed, say, as a padded one."
             )
+        if any([wants_input_gradient(name, each) for each in given]):
+            self.aside = True
+            return with_guard(name, args, kwargs, self.step)
+        if id(layer) not in self.waiting:
+            raise called_twice(name)
         self.tape.enter(given[0])
         if not self.waiting[id(layer)].is_named:
             self._running.append((layer, given[0]))
-            return
-        for each in given:
-            refuse_history(f"An argument of the module {name!r}", each)
+            return None
         with self.tape.paused():
             buffers = {key: buffer.clone() for key, buffer in layer.named_buffers()}
             slots = self.tape.with_slots(args), self.tape.with_slots(kwargs)
         self._named[id(layer)] = NamedSegment(layer, *slots, buffers, [Slot(len(self.tape.masks))])
+        return None
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: hand the output on, that of a named module without its history."""
-        if self.beside:
+        given = tensors_of([args, kwargs])
+        if self.beside or any([wants_input_gradient(self.names[id(layer)], each) for each in given]):
             return output
         name = self.names[id(layer)]
         if id(layer) in self._named:
@@ -167,20 +179,26 @@ class Recorder:
     def close(self) -> None:
         """Let go of what was recorded."""
         self.tape.close()
+        self.step.open = False
         self.passages, self._running, self._named = [], [], {}
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
+        if self.aside and not self.order:
+            raise only_aside()
         if self.waiting:
-            raise not_reached([self.names[key] for key in self.waiting], bool(self.order), self.called_beside)
+            names = [self.names[key] for key in self.waiting]
+            raise (
+                only_without_gradients(names) if self.silent.issuperset(names) else not_reached(names, bool(self.order))
+            )
         if self.tape.output is None:
             lost = [self.names[key] for key, bit in self.bits.items() if not self.tape.reaches_end(bit)]
             raise ControlError(
                 "The network has no output of the shape (B, n_L) that depends on all its layers"
                 + (f": that of {', '.join(lost)} is lost on the way. " if lost else ". ")
                 + "Feedback control drives one such output to a target; flatten or average what has more dimensions, "
-                "and let every controlled layer contribute, in torch functions of tensors, or name a submodule with "
-                "network='…'."
+                "and let every controlled layer contribute, in torch functions of tensors (what numpy or torch.jit "
+                "computes is out of sight), or name a submodule with network='…'."
             )
 
     def _reached(self, output: Tensor) -> Tensor:
@@ -249,6 +267,19 @@ class Recorder:
         return full
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_guard(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
+    """The arguments of a call for the gradient by its input, or None for as they are."""
+    with_ = guarded(name, input_of(args, kwargs), step)
+    if with_ is None:
+        return None
+    return ((with_, *args[1:]), kwargs) if args else (args, {**kwargs, "input": with_})
+
+
 def called_twice(name: str) -> ControlError:
     """What to say of a layer that is called again before the step is over."""
     return ControlError(
@@ -257,19 +288,8 @@ def called_twice(name: str) -> ControlError:
     )
 
 
-def not_reached(names: list[str], some: bool, beside: bool) -> ControlError:
-    """What to say of layers that a pass did not reach.
-
-    Args:
-        names: the layers.
-        some: whether it has reached others.
-        beside: whether the network was called without gradients.
-    """
-    if not some and beside:
-        return ControlError(
-            "The network was called without gradients alone, as under torch.no_grad() or in inference mode: the loss "
-            "does not depend on it, and nothing can be learned. Call it once with gradients in training_step."
-        )
+def not_reached(names: list[str], some: bool) -> ControlError:
+    """What to say of layers that a pass did not reach; ``some`` if it has reached others."""
     if not some:
         return ControlError(
             f"The network was not called: none of its layers ({', '.join(names)}) was run in this step. Call it once "
@@ -282,8 +302,9 @@ def not_reached(names: list[str], some: bool, beside: bool) -> ControlError:
 
 
 def _refuse_detach(program: Sequence[Operation]) -> None:
-    if any(each.name == "detach" for each in program):
+    if any(each.name == "detach" or each.function == Tensor.data.__get__ for each in program):  # type: ignore[attr-defined]
         raise ControlError(
-            "The network's output depends on a detach() within it: what is fed forward there, no error comes back for. "
-            "Take it out, or freeze the layers before it with requires_grad_(False)."
+            "The network's output depends on a detach(), or on .data, within it: what is fed forward there, no error "
+            "comes back for. Take it out, write it as an autograd.Function with a backward of its own, or freeze the "
+            "layers before it with requires_grad_(False)."
         )

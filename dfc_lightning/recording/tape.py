@@ -15,16 +15,16 @@ from dfc_lightning.operations.arguments import named, tensors_of, writes_into_ar
 from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
-from dfc_lightning.operations.recognise import (
-    DROPOUT,
-    Call,
-    draws_random_numbers,
-    dropped,
-    moves_statistics,
-    operation,
-)
+from dfc_lightning.operations.recognise import DROPOUT, Call, dropped, operation, refuse_unrepeatable
+from dfc_lightning.operations.surrogate import surrogate
+from dfc_lightning.recording.beside import refuse_unseen
+from dfc_lightning.recording.own_backward import FunctionCall
 
 AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
+
+
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
@@ -66,6 +66,7 @@ class Tape(TorchFunctionMode):
         self._slot: dict[int, Slot] = {}
         self._alive: list[Tensor] = []  # what has a slot must keep its id
         self._stale: set[int] = set()
+        self._own: dict[int, tuple[FunctionCall, Operation, dict[int, Slot]]] = {}  # by node
         self._paused = False
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
@@ -82,7 +83,7 @@ class Tape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
-        _refuse(func, args, kwargs)
+        refuse_unrepeatable(func, args, kwargs)
         result = self._recorders.get(name, self._call)(func, args, kwargs)
         return self.look(self._at_call(func, args, kwargs, result))
 
@@ -126,6 +127,45 @@ class Tape(TorchFunctionMode):
         self.operations.append(Product(torch.mul, [source, kept], {}, [source, kept], [target]))
         return result
 
+    def note(self, call: FunctionCall) -> None:
+        """Keep a call of an autograd function, to be recorded when a result of it is used that has its history."""
+        if self.output is not None or self._paused:
+            return
+        with self.paused():
+            made = {k: t for k, t in enumerate(_tuple(call.result)) if isinstance(t, Tensor)}
+            if not self._concerned(call.args, {}) or len(made) != len(tensors_of(call.result)):
+                return
+            if getattr(call.node, "dirty_tensors", None):
+                raise ControlError(
+                    f"The function {call.function.__name__} overwrites its argument, and would do so again and again "
+                    "while the network settles. Let its forward return a new tensor, without mark_dirty()."
+                )
+            args = self.with_slots(call.args)
+            inputs, passed = slots_in(args), 0
+            for slot in inputs:
+                passed |= self._passed[slot]
+            outputs = {k: self._nameless(t, passed) for k, t in made.items()}
+            self.operations.append(Operation(call.function.apply, args, {}, inputs, list(outputs.values())))
+            self._own[id(call.node)] = call, self.operations[-1], outputs
+
+    def _resolve(self, tensor: Tensor) -> Slot | None:
+        """The slot of a tensor, which an autograd function may just have returned."""
+        slot = self._slot.get(id(tensor))
+        if slot is not None or not self._own:
+            return slot
+        call, noted, outputs = self._own.get(id(tensor.grad_fn), (None, None, {}))
+        if call is None or noted is None:
+            return None
+        if noted in self.operations:
+            parts = noted.function, noted.args, noted.kwargs, noted.inputs, noted.outputs
+            with self.paused():
+                known = surrogate(call.function.__name__, parts, self._values)
+            self.operations[self.operations.index(noted)] = known
+        slot = outputs[tensor.output_nr]
+        self._slot[id(tensor)] = slot
+        self._alive[slot] = tensor
+        return slot
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Record nothing inside."""
@@ -138,8 +178,11 @@ class Tape(TorchFunctionMode):
     def enter(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, a new one if it comes from outside."""
         with self.paused():
-            slot = self._slot.get(id(tensor))
-            return self._new(tensor, 0) if slot is None else slot
+            slot = self._resolve(tensor)
+            if slot is None:
+                refuse_unseen(tensor)
+                slot = self._new(tensor, 0)
+            return slot
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
         """Let ``arriving`` pass a control point.
@@ -225,11 +268,12 @@ class Tape(TorchFunctionMode):
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
         self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
         self._at_output, self._at_call = lambda output: output, lambda func, args, kwargs, result: result
+        self._own = {}
 
     # Slots
 
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        return any(id(t) in self._slot for t in tensors_of([*args, *kwargs.values()]))
+        return any(self._resolve(t) is not None for t in tensors_of([*args, *kwargs.values()]))
 
     def with_slots(self, tree: Any) -> Any:
         """Arguments, those tensors that have slots, or a row a sample, replaced by their slots."""
@@ -239,9 +283,10 @@ class Tape(TorchFunctionMode):
                     "A tensor is used after a view of it, or what it is a view of, was overwritten in place. While the "
                     "network settles that cannot be followed; use the operation that is not in place."
                 )
-            slot = self._slot.get(id(tree))
-            if slot is None and self._is_of_samples(tree):
-                slot = self._new(tree, 0)
+            slot = self._resolve(tree)
+            if slot is None:
+                refuse_unseen(tree)
+                slot = self._new(tree, 0) if self._is_of_samples(tree) else None
             return tree if slot is None else slot
         if isinstance(tree, dict):
             return {k: self.with_slots(v) for k, v in tree.items()}
@@ -256,8 +301,12 @@ class Tape(TorchFunctionMode):
         return not fixed and tensor.dim() > 1 and tensor.shape[0] == batch
 
     def _new(self, tensor: Tensor, passed: int) -> Slot:
-        slot = Slot(len(self._values))
+        slot = self._nameless(tensor, passed)
         self._slot[id(tensor)] = slot
+        return slot
+
+    def _nameless(self, tensor: Tensor, passed: int) -> Slot:
+        slot = Slot(len(self._values))
         self._alive.append(tensor)
         self._values.append(tensor.detach())
         self._passed.append(passed)
@@ -287,18 +336,3 @@ class Tape(TorchFunctionMode):
             )
         outputs = [self._new(t, passed) for t in made]
         self.operations.append(operation(Call(func, args, kwargs, inputs, outputs, self._values)))
-
-
-def _refuse(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise a :class:`ControlError` for a call that cannot be made again as it was."""
-    name = getattr(func, "__name__", str(func))
-    if draws_random_numbers(func, args, kwargs):
-        raise ControlError(
-            f"The network draws random numbers in {name}, which cannot be drawn alike while it settles. Use "
-            "nn.Dropout, whose masks are kept, take it out, or set the dropout of an attention or recurrent layer to 0."
-        )
-    if kwargs.get("out") is not None or moves_statistics(func, args, kwargs):
-        raise ControlError(
-            f"The call of {name} writes into a tensor from outside, and would do so again and again while the "
-            "network settles. Leave out=… away, and track_running_stats."
-        )

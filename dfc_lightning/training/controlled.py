@@ -41,6 +41,7 @@ from dfc_lightning.training.refusals import (
     refuse_compiled,
     refuse_loader_iterator,
     refuse_manual_optimization,
+    refuse_pruning,
     refuse_settling,
     several_optimizers,
     skipped_alone,
@@ -141,6 +142,7 @@ class ControlledTraining(InStep):
         assert module is not None
         refuse_manual_optimization(module)
         refuse_compiled(module)
+        refuse_pruning(trainer)
         refuse_settling(self.rule, self._controlled(module))  # raises too if the module cannot be controlled
 
     def _take_control(self, module: pl.LightningModule, seed: int | None = None) -> None:

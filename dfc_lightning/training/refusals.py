@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.network.controlled_network import ControlledNetwork
@@ -32,6 +33,15 @@ def refuse_compiled(module: pl.LightningModule) -> None:
         raise ControlError(
             f"{type(module).__name__} is compiled, or something in it is. Compiled modules run past the hooks that "
             "feedback control needs, and would be trained by backprop; leave the module uncompiled until it is trained."
+        )
+
+
+def refuse_pruning(trainer: pl.Trainer) -> None:
+    """Raise a :class:`ControlError` if layers are to be pruned while they are trained."""
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ControlError(
+            "The callback ModelPruning makes weights anew from masks at each call. Feedback control teaches parameters "
+            "as they are; leave the callback away, and prune when the module is trained."
         )
 
 

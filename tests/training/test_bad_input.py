@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched
+from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, strategy, untouched, weights
 from cases.paths import ROOT
 from torch import Tensor, nn
 
@@ -207,6 +207,39 @@ def test_what_is_not_elementwise_is_trained(between):
     quiet(s, max_epochs=1).fit(module, loader())
     assert all(v.isfinite().all() and not torch.equal(v, before[k]) for k, v in module.named_parameters())
     assert s.lesson.settled.converged.all() and untouched(module)
+
+
+def adversarial(module: Innocent, batch: Any) -> Tensor:
+    x, y = batch
+    wanting = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(module(wanting), y), wanting)
+    return F.cross_entropy(module(x + 0.1 * slope.sign()), y)
+
+
+def penalised(module: Innocent, batch: Any) -> Tensor:
+    x, y = batch
+    wanting = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(module(wanting), y), wanting, create_graph=True)
+    return F.cross_entropy(module(x), y) + slope.square().sum()
+
+
+def test_adversarial_examples_are_made_in_the_training_step():
+    plain, taught, by_dfc = (Plain(adversarial) for _ in range(3))
+    quiet().fit(plain, loader())
+    quiet(strategy(rule=Backprop())).fit(taught, loader())
+    assert torch.allclose(weights(plain), weights(taught), 1e-4, 1e-5)
+    before = weights(by_dfc)
+    quiet(strategy()).fit(by_dfc, loader())
+    assert not torch.allclose(weights(by_dfc), before)
+
+
+def test_a_gradient_penalty_is_refused():
+    refused(Plain(penalised), "whose input wants a gradient, or on that gradient")
+
+
+def test_pruning_while_training_is_refused_at_the_start():
+    pruning = L.pytorch.callbacks.ModelPruning("l1_unstructured", amount=0.5)
+    refused(Plain(), "ModelPruning.*when the module is trained", callbacks=[pruning])
 
 
 def test_the_users_own_error_comes_through():
