@@ -18,7 +18,8 @@ from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import Call, draws_random_numbers, moves_statistics, operation
 
 
-def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
+def with_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """``value`` with some entries written."""
     value = value.clone()
     value[index] = item
     return value
@@ -88,7 +89,7 @@ class Tape(TorchFunctionMode):
         self._keep(args[0])
         target = self.enter(args[0])
         func(*args, **kwargs)
-        self._record(_with_item, (target, *rest), {}, args[0], True)
+        self._record(with_item, (target, *rest), {}, args[0], True)
 
     def _dropout(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         given = named(func, args, kwargs)
@@ -161,8 +162,9 @@ class Tape(TorchFunctionMode):
         self.dissolve(passage)
         handed = norm.outputs[0]
         arriving = Slot(len(self._values))
-        for kept in (self._values, self._passed, self._alive):
-            kept.append(kept[handed])  # type: ignore[attr-defined,index]
+        self._values.append(self._values[handed])
+        self._passed.append(self._passed[handed])
+        self._alive.append(self._alive[handed])
         norm.outputs = [arriving]
         found = Passage(arriving, handed)
         self.operations.insert(self.operations.index(norm) + 1, found)
