@@ -22,6 +22,9 @@ SAMPLES_AT_ONCE = 32
 CLEAR = 4.0
 """From how many times the square that chance leaves a mean over samples is taken as it is."""
 
+FAINT = 1e-3
+"""What ‖J_i Q_i‖ is left of a mean that chance explains: it does not count in JQ, but its layer is taught."""
+
 
 def initial_direct(kind: FeedbackInit, forward: ForwardPass, generator: torch.Generator) -> list[Tensor]:
     """Feedback weights Q_i, (n_i, n_L), for the points of a pass.
@@ -29,7 +32,7 @@ def initial_direct(kind: FeedbackInit, forward: ForwardPass, generator: torch.Ge
     A point that is the output is always given what it needs to hear its own error, the mean of J_iᵀ: the identity
     where it is the whole of the output by itself.
 
-    A mean over samples that is no larger than what chance leaves of so many is none: see :func:`shrunk`.
+    A mean over samples that is no larger than what chance leaves of so many counts for nothing: see :func:`shrunk`.
 
     Args:
         kind: ``"weight_product"``: Q_i = Π_{k>i} W_kᵀ, what the paper's fixed feedback is, or for networks that are no
@@ -80,13 +83,15 @@ def shrunk(mean: Tensor, square: Tensor, samples: int) -> Tensor:
         samples: B.
 
     Returns:
-        The mean as it is where m² ≥ ``CLEAR`` n², zero where m² ≤ n², and what is proportionally between.
+        The mean as it is where m² ≥ ``CLEAR`` n², and less in proportion down to m² = n², where no more of it is left
+        than makes ‖J_i Q_i‖ ``FAINT``.
     """
     if samples == 1:
         return mean
     norm = mean.square().sum()
     noise = (square - norm).clamp_min(torch.finfo(norm.dtype).tiny) / (samples - 1)
-    return mean * ((norm / noise - 1) / (CLEAR - 1)).clamp(0, 1)
+    share = ((norm / noise - 1) / (CLEAR - 1)).clamp(0, 1)
+    return mean * torch.maximum(share, (FAINT / (norm * square).sqrt()).clamp(0, FAINT))
 
 
 @weight_product.register

@@ -16,6 +16,7 @@ from dfc_lightning.operations.passage import Passage
 from dfc_lightning.operations.rate import Rate
 from dfc_lightning.passes.record import Site
 from dfc_lightning.passes.segment import LAYERS, NORMS, Segment
+from dfc_lightning.recording.composed import is_bent, rate_of
 from dfc_lightning.recording.points import ControlPoint
 
 NORMS_BY_NAME = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
@@ -94,15 +95,25 @@ def _given(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def site_of(passage: Passage, users: Mapping[int, Sequence[Operation]], frame: Frame) -> Site:
-    """Follow the voltage to its nonlinearity: through sums with other branches, and pooling and the like."""
+    """Follow the voltage to its nonlinearity: through sums with other branches, and pooling and the like.
+
+    Where it only meets a scale and a shift before others hear it, that is its function.
+    """
     slot, in_place, shape = passage.target, True, frame[passage.target].shape
     pool: MaxPool | None = None
-    while len(following := users.get(slot, [])) == 1:
+    straight: Rate | None = None
+    while following := users.get(slot, []):
+        rate = rate_of(slot, users, frame) if in_place else None
+        if rate is not None and is_bent(rate, users, frame):
+            after = users.get(rate.outputs[0], [])
+            if pool is None and len(after) == 1 and isinstance(after[0], MaxPool):
+                pool = after[0]
+            return Site(rate.phi, rate, pool)
+        straight = straight or rate
+        if len(following) != 1:
+            break
         each = following[0]
         if isinstance(each, Rate):
-            after = users.get(each.outputs[0], [])
-            if pool is None and in_place and len(after) == 1 and isinstance(after[0], MaxPool):
-                pool = after[0]
             return Site(each.phi, each if in_place else None, pool)
         if isinstance(each, MaxPool) and slot == passage.target:
             pool = each
@@ -110,4 +121,4 @@ def site_of(passage: Passage, users: Mapping[int, Sequence[Operation]], frame: F
             break
         slot = each.outputs[0]
         in_place = in_place and isinstance(each, (Sum, Same)) and frame[slot].shape == shape
-    return Site(Identity())
+    return Site(Identity()) if straight is None else Site(straight.phi, straight)

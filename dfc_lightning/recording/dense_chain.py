@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dfc_lightning.operations.rate import Rate
 from dfc_lightning.operations.surrogate import Surrogate, SurrogateRate
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import Segment
+from dfc_lightning.recording.composed import composed
 from dfc_lightning.recording.structure import Link
 
 
@@ -63,18 +64,8 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
         return Link(Identity(), overwrites)
     if len(making) == 1 and isinstance(making[0], Rate):
         return Link(making[0].phi, overwrites)
-    phi = Elementwise(_function(between, source, end))
+    phi = Elementwise(composed(between, source, end))
     return Link(phi, overwrites) if _is_elementwise(phi, frame[source], frame[end]) else None
-
-
-def _function(between: Sequence[Operation], source: Slot, end: Slot) -> Callable[[Tensor], Tensor]:
-    def run(v: Tensor) -> Tensor:
-        values: dict[Slot, Tensor] = {source: v}
-        for each in between:
-            values.update(zip(each.outputs, each.at(values.__getitem__, v.dtype)))
-        return values[end]
-
-    return run
 
 
 def _is_elementwise(phi: Nonlinearity, v: Tensor, r: Tensor) -> bool:

@@ -27,7 +27,8 @@ def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
+def with_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """``value`` with some entries written."""
     value = value.clone()
     value[index] = item
     return value
@@ -108,7 +109,7 @@ class Tape(TorchFunctionMode):
         self._keep(args[0])
         target = self.enter(args[0])
         func(*args, **kwargs)
-        self._record(_with_item, (target, *rest), {}, args[0], True)
+        self._record(with_item, (target, *rest), {}, args[0], True)
 
     def _dropout(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         x = dropped(func, args, kwargs)

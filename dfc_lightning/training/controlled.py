@@ -48,6 +48,7 @@ from dfc_lightning.training.refusals import (
 )
 from dfc_lightning.training.sources import can_be_read_again, is_empty
 from dfc_lightning.training.stages import FeedbackStages
+from dfc_lightning.training.watch import WATCHES, LearningWatch, Watch
 from dfc_lightning.twin import twin_for
 
 BY_THE_RULE = FeedbackLearning(initial_passes=0, passes_per_epoch=0, clip_norm=None, weight_decay=0.0)
@@ -67,6 +68,7 @@ class ControlledTraining(InStep):
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
         extra_points: Sequence[str] = (),
+        watch: Watch = "warn",
         **kwargs: Any,
     ) -> None:
         """Train by a learning rule.
@@ -83,6 +85,8 @@ class ControlledTraining(InStep):
                 ``seed_everything``.
             conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
             extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
+            watch: what to do when learning fails, by samples that do not settle, feedback that does not follow the
+                network, or a loss that rises: ``"warn"`` once a run of each, ``"stop"`` with an error, or ``"off"``.
             **kwargs: for the strategy it is mixed with.
         """
         if kwargs.get("checkpoint_io") is None:
@@ -102,6 +106,10 @@ class ControlledTraining(InStep):
         known = feedback_init is None or feedback_init in FEEDBACK_INITS
         require(known, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.feedback_init = feedback_init
+        require(watch in WATCHES, "watch", watch, f"choose one of {WATCHES}")
+        self.watch: Watch = watch
+        self._watching: LearningWatch | None = None
+        self._loss: Tensor | None = None
         self.network: ControlledNetwork | None = None
         self.learner: FeedbackLearner | None = None
         self.stages: FeedbackStages | None = None
@@ -186,6 +194,7 @@ class ControlledTraining(InStep):
         assert self._trainer is not None
         super().on_train_start()
         self._watch_for_sigterm()
+        self._watching = None if self.watch == "off" else LearningWatch(self.watch == "stop", self.reduce)
         refuse_loader_iterator(self._trainer)
         fast_forward(self._trainer)
 
@@ -210,6 +219,7 @@ class ControlledTraining(InStep):
             if not loss.requires_grad:
                 raise deaf_loss()
             lesson.watch(loss)
+            self._loss = loss.detach()
         self.lesson, self._known = lesson, True
         return output
 
@@ -236,6 +246,8 @@ class ControlledTraining(InStep):
 
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None
+        if self._watching is not None and self.lesson is not None and self.lesson.taught:
+            self._watching.step(self.lesson, self._loss, self.network.feedback)
         settled = self.lesson.settled if self.lesson is not None else None
         if settled is not None and logs_at(self._trainer, self._trainer.fit_loop.total_batch_idx):
             log(self._trainer, settling_metrics(settled, self.reduce), self._trainer.global_step)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from dfc_lightning import DFC, ControlError, ControlledNetwork
+from dfc_lightning import DFC, Backprop, ControlError, ControlledNetwork
 
 
 class Via(nn.Module):
@@ -262,6 +262,111 @@ def test_an_unfit_pass_is_refused_when_it_is_run_and_the_module_left_alone(
 
 
 @pytest.mark.parametrize("name", WHEN_TAUGHT)
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("seen", [False, True], ids=["first pass", "later pass"])
+def test_a_loss_beside_the_output_is_refused_when_its_gradient_comes_back(name, general, seen):
+    module, x = WHEN_TAUGHT[name].make(), WHEN_TAUGHT[name].x
+    net = ControlledNetwork(module, general=general)
+    if seen:
+        net.observe(x)
+    with net.taught_by(DFC()):
+        loss = net(x).square().sum()
+    with pytest.raises(ControlError, match=WHEN_TAUGHT[name].message):
+        loss.backward()
+
+
+SUPERFLUOUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rounded": torch.round,
+    "signs": torch.sign,
+    "floor": torch.floor,
+    "clamped far off": lambda h: h.clamp(10.0, 11.0),
+}
+
+
+@pytest.mark.parametrize("name", SUPERFLUOUS)
+def test_a_derivative_that_is_zero_is_as_autograd_has_it(name):
+    module = via(SUPERFLUOUS[name])
+    net = ControlledNetwork(module)
+    x = torch.randn(8, 6)
+    with net.taught_by(Backprop()):
+        loss = net(x).square().sum()
+    loss.backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    module(x).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, 1e-4, 1e-6) for g, p in zip(found, module.parameters(), strict=True))
+    assert not module.a.weight.grad.any() and module.c.weight.grad.any()
+
+
+def learns(module: nn.Module, x: Tensor) -> bool:
+    """Whether every trainable parameter is taught backprop's gradient by ``Backprop()``, and something by ``DFC()``."""
+    found = {}
+    for rule in (Backprop(), DFC()):
+        net = ControlledNetwork(module)
+        with net.taught_by(rule):
+            loss = net(x).square().mean()
+        loss.backward()
+        found[type(rule)] = [p.grad.clone() for p in module.parameters() if p.requires_grad]
+        module.zero_grad()
+    module(x).square().mean().backward()
+    true = [p.grad for p in module.parameters() if p.requires_grad]
+    same = all(torch.allclose(g, t, 1e-4, 1e-6) for g, t in zip(found[Backprop], true, strict=True))
+    return same and all(g.any() for g in found[DFC])
+
+
+def frozen_script() -> nn.Module:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    for p in scripted.parameters():
+        p.requires_grad_(False)
+    return nn.Sequential(scripted, *sequential(nn.Tanh()))
+
+
+def pruned_for_good() -> nn.Module:
+    net = sequential(nn.Tanh())
+    prune.remove(prune.l1_unstructured(net[0], "weight", 0.5), "weight")
+    return net
+
+
+def pruned_and_frozen() -> nn.Module:
+    net = sequential(nn.Tanh())
+    prune.l1_unstructured(net[0], "weight", 0.5).requires_grad_(False)
+    return net
+
+
+REMEDIES: dict[str, Callable[[], nn.Module]] = {
+    "a scripted part is frozen": frozen_script,
+    "pruning is made permanent": pruned_for_good,
+    "a pruned layer is frozen": pruned_and_frozen,
+    "a scripted function is written in torch's": lambda: via(lambda h: h + h * torch.sigmoid(h)),
+    "layers before a scripted function are frozen": lambda: frozen_before(scripted_swish),
+    "layers before a comparison are frozen": lambda: frozen_before(lambda h: (h > 0).float()),
+    "layers before a step are frozen": lambda: frozen_before(lambda h: torch.heaviside(h, torch.zeros(()))),
+    "layers before a detach() are frozen": lambda: frozen_before(lambda h: h + (torch.sign(h) - h).detach()),
+}
+
+
+def frozen_before(between: Callable[[Tensor], Tensor]) -> nn.Module:
+    module = via(between)
+    module.a.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_the_errors_ask_for_helps(name):
+    assert learns(REMEDIES[name](), torch.randn(8, 6))
+
+
+def test_a_module_may_be_compiled_pruned_or_quantised_when_it_is_trained():
+    module, x = sequential(nn.Tanh()), torch.randn(8, 6)
+    assert learns(module, x)
+    scripted = torch.jit.script(module)
+    assert torch.allclose(scripted(x), module(x))
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    assert torch.allclose(quantised(x), module(x), atol=0.1)
+    prune.l1_unstructured(module[0], "weight", 0.5)
+    assert not torch.allclose(scripted(x), module(x))
+
+
 @pytest.mark.parametrize("general", [False, True])
 def test_no_network_can_be_known_by_an_empty_batch(general):
     net = ControlledNetwork(sequential(nn.Tanh()), general=general)
