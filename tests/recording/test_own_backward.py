@@ -212,7 +212,7 @@ def test_errors_come_back_by_their_backward(name, seen):
 def test_dfc_learns_by_their_backward(name):
     module = Between(FUNCTIONS[name])
     true = by_autograd(module)
-    found = taught(ControlledNetwork(module), DFC(target_stepsize=0.1))
+    found = taught(ControlledNetwork(module, feedback_init="jacobian"), DFC(target_stepsize=0.1))
     assert cosine(torch.cat([g.flatten() for g in found]), torch.cat([g.flatten() for g in true])) > 0.5
     assert cosine(found[0], true[0]) > 0.3
 
