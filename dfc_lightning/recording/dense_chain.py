@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import writes_into_argument
+from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.nonlinearity import Elementwise, Identity, Nonlinearity
 from dfc_lightning.operations.operation import Frame, Operation, Slot
@@ -49,7 +50,7 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
     """The link made of some operations, if it is an elementwise function of ``source`` alone."""
     known = {source}
     for each in between:
-        if not known.issuperset(each.inputs):
+        if not known.issuperset(each.inputs) or isinstance(each, BatchNorm):
             return None
         known.update(each.outputs)
     if end not in known:
@@ -66,10 +67,12 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
 
 def _function(between: Sequence[Operation], source: Slot, end: Slot) -> Callable[[Tensor], Tensor]:
     def run(v: Tensor) -> Tensor:
-        values: dict[Slot, Tensor] = {source: v}
+        frame = Frame([None] * (1 + max(source, *(s for each in between for s in each.outputs))), len(v), v.dtype)
+        frame.values[source] = v
         for each in between:
-            values.update(zip(each.outputs, each.at(values.__getitem__, v.dtype)))
-        return values[end]
+            for slot, value in zip(each.outputs, each.values(frame)):
+                frame.values[slot] = value
+        return frame[end]
 
     return run
 

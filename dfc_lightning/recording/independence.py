@@ -33,7 +33,7 @@ def check_samples_are_independent(record: Record, frame: Frame) -> None:
 
 
 def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:
-    if not seen.is_floating_point():
+    if not seen.is_floating_point() or not seen.numel():
         return torch.equal(value, seen)
     return torch.allclose(value, seen, rtol, rtol * float(seen.abs().max()))
 

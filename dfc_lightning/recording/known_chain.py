@@ -59,7 +59,26 @@ class KnownChain:
         self.voltages.append(voltage.clone() if self.links[place].overwrites else voltage)
         if len(self.inputs) < len(self.points):
             return cut(output, point.name)
+        self._check_links()
         return self.at_output(self.inputs, self.voltages, output)
+
+    def _check_links(self) -> None:
+        """See, on one sample, that what lies between the layers still is what it was."""
+        if not len(self.inputs[0]):
+            return
+        with torch.no_grad():
+            apart = [
+                _apart(link.nonlinearity(v[:1]), r[:1]) if v.shape == r.shape else torch.ones(())
+                for link, v, r in zip(self.links, self.voltages, self.inputs[1:])
+            ]
+            if not apart or not bool(torch.stack(apart).amax() > 1):
+                return
+        k = next(k for k, each in enumerate(apart) if each > 1)
+        raise ControlError(
+            f"What lies between the layers {self.points[k].name!r} and {self.points[k + 1].name!r} is another function "
+            "than in the first step: a number in it has changed, or a branch. A chain keeps what it has shown at "
+            "first; compute with tensors, such as a buffer that is written in place, or torch.where."
+        )
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach."""
@@ -69,3 +88,10 @@ class KnownChain:
     def close(self) -> None:
         """Let go of what was noted."""
         self.inputs, self.voltages = [], []
+
+
+def _apart(expected: Tensor, found: Tensor) -> Tensor:
+    """How far two rates are apart, in units of what rounding may make of them."""
+    exact = found.dtype in (torch.float32, torch.float64)
+    scale = found.abs().amax() + torch.finfo(found.dtype).tiny
+    return (expected - found).abs().amax().float() / (scale * (1e-3 if exact else 0.1)).float()

@@ -16,6 +16,7 @@ from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import Call, draws_random_numbers, moves_statistics, operation
+from dfc_lightning.recording.unseen import refuse_unseen
 
 
 def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
@@ -46,8 +47,9 @@ class Tape(TorchFunctionMode):
         self._passed: list[int] = []
         self._slot: dict[int, Slot] = {}
         self._alive: list[Tensor] = []  # what has a slot must keep its id
-        self._stale: set[int] = set()
+        self._stale: dict[int, str] = {}  # what has overwritten it
         self._paused = False
+        self._calling = ""
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
             "__setitem__": self._set_item,
@@ -65,6 +67,7 @@ class Tape(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
         _refuse(func, args, kwargs)
+        self._calling = name
         return self.look(self._recorders.get(name, self._call)(func, args, kwargs))
 
     @property
@@ -120,6 +123,8 @@ class Tape(TorchFunctionMode):
         """The slot of a tensor, a new one if it comes from outside."""
         with self.paused():
             slot = self._slot.get(id(tensor))
+            if slot is None:
+                refuse_unseen(tensor, "a layer")
             return self._new(tensor, 0) if slot is None else slot
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
@@ -190,10 +195,13 @@ class Tape(TorchFunctionMode):
         if isinstance(tree, Tensor):
             if id(tree) in self._stale:
                 raise ControlError(
-                    "A tensor is used after a view of it, or what it is a view of, was overwritten in place. While the "
-                    "network settles that cannot be followed; use the operation that is not in place."
+                    f"A tensor is used after the operation {self._stale[id(tree)]} has overwritten a view of it, or what "
+                    "it is a view of, in place. While the network settles that cannot be followed; use the operation "
+                    "that is not in place."
                 )
             slot = self._slot.get(id(tree))
+            if slot is None:
+                refuse_unseen(tree, f"the operation {self._calling}")
             if slot is None and self._is_of_samples(tree):
                 slot = self._new(tree, 0)
             return tree if slot is None else slot
@@ -224,7 +232,7 @@ class Tape(TorchFunctionMode):
             if value.untyped_storage().data_ptr() == storage:
                 self._values[slot] = value.clone()
                 if owner is not tensor:
-                    self._stale.add(id(owner))  # a view, or what this is one of: it changes with it, unseen
+                    self._stale[id(owner)] = self._calling  # a view, or what this is one of: it changes with it, unseen
 
     def _record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, overwrites: bool) -> None:
         made = tensors_of(result)

@@ -166,7 +166,10 @@ WHEN_RUN = {
     "random dropout": Case(lambda: via(lambda h: F.alpha_dropout(h, 0.5, True)), "random numbers in alpha_dropout"),
     "complex numbers": Case(lambda: via(lambda h: h + torch.fft.fft(h).real), "complex numbers in fft_fft"),
     "straight through": Case(lambda: via(lambda h: h + (torch.sign(h) - h).detach()), r"depends on a detach\(\)"),
-    "a view overwritten": Case(lambda: via(half_in_place), "after a view of it"),
+    "a view overwritten": Case(lambda: via(half_in_place), "after the operation relu_ has overwritten a view of it"),
+    "past torch's functions": Case(
+        lambda: via(lambda h: h + torch.func.vmap(torch.tanh)(h)), "operation add is given depends on the layer 'a'"
+    ),
     "its weight transformed": Case(
         lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
     ),
