@@ -195,9 +195,9 @@ class Tape(TorchFunctionMode):
         if isinstance(tree, Tensor):
             if id(tree) in self._stale:
                 raise ControlError(
-                    f"A tensor is used after the operation {self._stale[id(tree)]} has overwritten a view of it, or what "
-                    "it is a view of, in place. While the network settles that cannot be followed; use the operation "
-                    "that is not in place."
+                    f"A tensor is used after the operation {self._stale[id(tree)]} has overwritten a view of it, or "
+                    "what it is a view of, in place. While the network settles that cannot be followed; use the "
+                    "operation that is not in place."
                 )
             slot = self._slot.get(id(tree))
             if slot is None:
