@@ -188,7 +188,7 @@ def weighed(error: Tensor, weight: Tensor) -> Tensor:
     """Errors times a weight for each entry of a sample, (B, …); the errors may be several times the batch."""
     if error.shape[0] == weight.shape[0]:
         return error * weight
-    return (error.view(-1, *weight.shape) * weight).flatten(0, 1)
+    return (error.unflatten(0, (-1, weight.shape[0])) * weight).flatten(0, 1)
 
 
 def slots_in(tree: Any) -> list[Slot]:

@@ -97,7 +97,7 @@ def _same(call: Call) -> Operation | None:
     return Same(*call.parts) if call.one and call.x.shape == call.y.shape else None
 
 
-@handles(["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"])
+@handles(["view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"])
 def _reshape(call: Call) -> Operation | None:
     apart = call.one and call.x.shape[:1] == call.y.shape[:1]
     return Reshape(*call.parts, shape=call.y.shape) if apart else None
@@ -124,7 +124,7 @@ def _product(call: Call) -> Operation | None:
 
 
 @handles(["mean", "sum", "neg", "__neg__", "cat", "concat", "concatenate", "stack", "chunk", "split", "unbind"])
-@handles(["permute", "transpose", "movedim", "swapaxes", "squeeze", "unsqueeze", "__getitem__", "narrow", "select"])
+@handles(["permute", "transpose", "movedim", "swapaxes", "unsqueeze", "__getitem__", "narrow", "select"])
 @handles(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3))
 @handles(["flip", "roll"])
 def _linear(call: Call) -> Operation | None:
@@ -147,7 +147,9 @@ def _rate(phi: Callable[[Call], Nonlinearity]) -> Handler:
 
 
 def _leaky(call: Call) -> Nonlinearity:
-    return LeakyReLU(float(named(call.function, call.args, call.kwargs).get("negative_slope", 0.01)))
+    given = named(call.function, call.args, call.kwargs)
+    by_position = call.args[1] if len(call.args) > 1 else 0.01  # leaky_relu_ does not tell the names
+    return LeakyReLU(float(given.get("negative_slope", by_position)))
 
 
 def _hardtanh(call: Call) -> Nonlinearity:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import writes_into_argument
+from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.nonlinearity import Elementwise, Identity, Nonlinearity
 from dfc_lightning.operations.operation import Frame, Operation, Slot
@@ -51,7 +52,7 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
     """The link made of some operations, if it is an elementwise function of ``source`` alone."""
     known = {source}
     for each in between:
-        if not known.issuperset(each.inputs):
+        if not known.issuperset(each.inputs) or isinstance(each, BatchNorm):
             return None
         known.update(each.outputs)
     if end not in known:

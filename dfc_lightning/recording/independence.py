@@ -53,7 +53,7 @@ def check_named_modules_repeat(record: Record, frame: Frame) -> None:
 
 
 def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:
-    if not seen.is_floating_point():
+    if not seen.is_floating_point() or not seen.numel():
         return torch.equal(value, seen)
     return torch.allclose(value, seen, rtol, rtol * float(seen.abs().max()))
 

@@ -66,9 +66,10 @@ class Tape(TorchFunctionMode):
         self._passed: list[int] = []
         self._slot: dict[int, Slot] = {}
         self._alive: list[Tensor] = []  # what has a slot must keep its id
-        self._stale: set[int] = set()
+        self._stale: dict[int, str] = {}  # what has overwritten it
         self._own: dict[int, tuple[FunctionCall, Operation, dict[int, Slot]]] = {}  # by node
         self._paused = False
+        self._calling = ""
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
             "__setitem__": self._set_item,
@@ -85,6 +86,7 @@ class Tape(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
             return func(*args, **kwargs)
         refuse_unrepeatable(func, args, kwargs)
+        self._calling = name
         result = self._recorders.get(name, self._call)(func, args, kwargs)
         return self.look(self._at_call(func, args, kwargs, result))
 
@@ -281,8 +283,9 @@ class Tape(TorchFunctionMode):
         if isinstance(tree, Tensor):
             if id(tree) in self._stale:
                 raise ControlError(
-                    "A tensor is used after a view of it, or what it is a view of, was overwritten in place. While the "
-                    "network settles that cannot be followed; use the operation that is not in place."
+                    f"A tensor is used after the operation {self._stale[id(tree)]} has overwritten a view of it, or "
+                    "what it is a view of, in place. While the network settles that cannot be followed; use the "
+                    "operation that is not in place."
                 )
             slot = self._resolve(tree)
             if slot is None:
@@ -320,7 +323,7 @@ class Tape(TorchFunctionMode):
             if value.untyped_storage().data_ptr() == storage:
                 self._values[slot] = value.clone()
                 if owner is not tensor:
-                    self._stale.add(id(owner))  # a view, or what this is one of: it changes with it, unseen
+                    self._stale[id(owner)] = self._calling  # a view, or what this is one of: it changes with it, unseen
 
     def _record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, overwrites: bool) -> None:
         made = tensors_of(result)

@@ -56,6 +56,7 @@ FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "softmax": (lambda h: h.softmax(1) * h, 7),
     "normalised by itself": (lambda h: h / h.norm(dim=1, keepdim=True), 7),
     "in place": (lambda h: (h * 1.0).mul_(2).add_(1).relu_(), 7),
+    "leaky, in place": (lambda h: F.leaky_relu_(h * 1.0, 0.2), 7),
     "dropout not in training": (lambda h: torch.dropout(h, 0.5, False).tanh(), 7),
     "alpha dropout not in training": (lambda h: F.alpha_dropout(h, 0.5, False).tanh(), 7),
 }
@@ -81,6 +82,79 @@ def test_what_is_followed_is_followed_exactly(name):
         apical = [torch.randn(6, n, dtype=torch.float64) for n in forward.widths]
         pushed = net.b(between(net.a(x) + apical[0])) + apical[1]
         assert close(forward.respond(apical).output, pushed - net(x), 1e-9)
+
+
+class Between(nn.Module):
+    """A chain with anything between its layers, which may know the module."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(5, 7), nn.Linear(7, 3), between
+        self.register_buffer("sharpness", torch.ones(()))
+        self.scale, self.norm = 1.0, nn.BatchNorm1d(7, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self, self.a(x)))
+
+
+CHANGED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a number of the data": lambda m, h: h.tanh() * float(h.detach().abs().max()),
+    "an attribute": lambda m, h: torch.tanh(h * m.scale),
+    "a branch": lambda m, h: h.tanh() if m.scale == 1 else h.relu(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_chain_whose_function_has_changed_is_refused(name):
+    module = Between(CHANGED[name]).requires_grad_(True)
+    network, x = ControlledNetwork(module), torch.randn(6, 5)
+    network.observe(x)
+    network.observe(x)
+    module.scale = 2.0
+    with pytest.raises(ControlError, match="between the layers 'a' and 'b' is another function"):
+        network.observe(2 * x)
+
+
+def test_a_chain_follows_a_buffer_that_is_written_in_place():
+    """What the refusal of a changed function advises."""
+    module = Between(lambda m, h: torch.tanh(h * m.sharpness)).double()
+    network, x, y = ControlledNetwork(module), torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+    for sharpness in (1.0, 2.0, 0.5):
+        module.sharpness.fill_(sharpness)
+        module.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        plain = [module.a.weight.grad.clone(), module.b.weight.grad.clone()]
+        module.zero_grad()
+        with network.taught_by(Backprop()):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        assert close(module.a.weight.grad, plain[0], 1e-10) and close(module.b.weight.grad, plain[1], 1e-10)
+    assert network.may_be_dense
+
+
+def test_statistics_move_once_a_step_where_a_norm_without_weights_lies_between_dense_layers():
+    module = Between(lambda m, h: m.norm(h).tanh())
+    network, x = ControlledNetwork(module), torch.randn(6, 5)
+    twin = copy.deepcopy(module)
+    for _ in range(2):
+        twin(x)
+        with network.taught_by(Backprop()):
+            loss = F.cross_entropy(network(x), torch.arange(6) % 3)
+        loss.backward()
+    assert torch.allclose(module.norm.running_mean, twin.norm.running_mean)
+    assert module.norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_a_shape_may_name_the_batch_size_or_leave_single_dimensions_out(batch):
+    """A sample by itself, or two errors for each, are other numbers of rows."""
+    for module in (Between(lambda m, h: h.view(batch, 7).sin()), Between(lambda m, h: h.unsqueeze(1).squeeze())):
+        network = ControlledNetwork(module)
+        with network.taught_by(DFC()) as lesson:
+            loss = F.cross_entropy(network(torch.randn(batch, 5)), torch.arange(batch) % 3)
+        loss.backward()
+        assert lesson.settled.converged.all()
+        assert lesson.forward.samples(torch.tensor([0])).jacobians()[0].shape == (1, 3, 7)
 
 
 @pytest.mark.parametrize("general", [False, True])

@@ -212,7 +212,7 @@ WHEN_RUN = {
     ),
     "a scripted branch": Case(lambda: via(lambda h: h + scripted_swish(h)), r"comes of the layer 'a' .*torch\.jit"),
     "by torch.func": Case(lambda: via(lambda h: h + torch.func.vmap(torch.tanh)(h)), "comes of the layer 'a' "),
-    "a view overwritten": Case(lambda: via(half_in_place), "after a view of it"),
+    "a view overwritten": Case(lambda: via(half_in_place), "after the operation relu_ has overwritten a view of it"),
     "its weight transformed": Case(
         lambda: nn.Sequential(Standardised(6, 4), nn.Tanh(), nn.Linear(4, 3)), "more than multiply"
     ),
