@@ -147,7 +147,8 @@ def optimizers_checked(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> It
         ControlError: they are not.
     """
     optimizers: Sequence[Optimizer] = trainer.strategy.optimizers
-    names = [set(group) for optimizer in optimizers for group in optimizer.param_groups]
+    # Schedulers add to the groups, and are restored after them.
+    names = [set(group) - {"initial_lr"} for optimizer in optimizers for group in optimizer.param_groups]
     with _damage_named("optimizer_states"):
         yield
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

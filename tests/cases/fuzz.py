@@ -66,18 +66,30 @@ def rounding(seed: int, batch: int) -> float:
     return 10 * float(sum((a - b).square().sum() for a, b in zip(*found)).sqrt())
 
 
-def pushed(seed: int, network: ControlledNetwork, driven: list[Tensor]) -> Tensor:
-    """The module's output, which is the network's, with voltages driven."""
-    twin = grow(seed)
-    for point, push in zip(network.points, driven):
-        at = next(
-            b
-            for a, b in zip(network.module.modules(), twin.module.modules())
-            if a is (point.layer if point.norm is None else point.norm)
-        )
-        at.register_forward_hook(lambda m, args, out, push=push: out + push)
-    torch.manual_seed(seed)
-    return twin.module(twin.batches[0][0].clone()).detach()
+def pushed(seed: int, network: ControlledNetwork, voltages: list[Tensor], driven: list[Tensor]) -> Tensor | None:
+    """The module's output, which is the network's, with voltages driven; None where a module does not return them.
+
+    The point of a module that goes on to something else, or whose voltage a normalisation without parameters alone
+    hears, lies within it, or behind.
+    """
+    outputs = []
+    for drive in (False, True):
+        twin, returned = grow(seed), []
+        for point, push in zip(network.points, driven):
+            at = next(
+                b
+                for a, b in zip(network.module.modules(), twin.module.modules())
+                if a is (point.layer if point.norm is None else point.norm)
+            )
+
+            at.register_forward_hook(lambda m, args, out, kept=returned: kept.append(out.detach().clone()))
+            if drive:
+                at.register_forward_hook(lambda m, args, out, push=push: out + push)
+        torch.manual_seed(seed)
+        outputs.append(twin.module(twin.batches[0][0].clone()).detach())
+        if not drive and not all(r.shape == v.shape and torch.allclose(r, v) for r, v in zip(returned, voltages)):
+            return None
+    return outputs[1]
 
 
 def outcome(seed: int, deep: bool = True) -> Outcome:
@@ -117,7 +129,8 @@ def outcome(seed: int, deep: bool = True) -> Outcome:
             forward = network.observe(sample.batches[0][0].clone())
             driven = [0.1 * torch.randn_like(v) for v in forward.v]
             if not sample.held:
-                change, response = pushed(seed, network, driven) - forward.output, forward.respond(driven).output
+                output, response = pushed(seed, network, forward.v, driven), forward.respond(driven).output
+                change = response if output is None else output - forward.output
                 if not (response - change).norm() <= 10 * sample.tolerance * (change.norm() + 1):
                     return Outcome(
                         "wrong",
