@@ -178,6 +178,14 @@ def around(name: str) -> tuple[Around, Tensor]:
     return module, torch.randn(5, *module.shape, dtype=torch.float64)
 
 
+def places(name: str, module: nn.Module, net: ControlledNetwork) -> list[str]:
+    """The submodules whose outputs are the points: the layers, or the normalisations that alone hear them."""
+    names = {id(m): n for n, m in module.named_modules()}
+    untaught = name.endswith("not affine") or name == "instance norm"
+    of_layers = {"a": "between" if untaught else "a"}
+    return [of_layers.get(p.name, p.name) if p.norm is None else names[id(p.norm)] for p in net.points]
+
+
 def like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn_like(t) for t in tensors]
 
@@ -215,8 +223,7 @@ def test_errors_are_autograd_s(name):
 
         return hook
 
-    names = {id(m): n for n, m in module.named_modules()}
-    points = [p.name if p.norm is None else names[id(p.norm)] for p in net.points]
+    points = places(name, module, net)
     handles = [module.get_submodule(p).register_forward_hook(keep(p)) for p in points]
     output = module(x)
     for handle in handles:
@@ -249,12 +256,9 @@ def test_deviations_are_differences_of_two_passes(name, size):
     net = ControlledNetwork(module, general=True)
     forward = net.observe(x)
     pushes = [size * d for d in like(forward.v)]
-    names = {id(m): n for n, m in module.named_modules()}
     handles = [
-        module.get_submodule(p.name if p.norm is None else names[id(p.norm)]).register_forward_hook(
-            lambda m, args, out, push=push: out + push
-        )
-        for p, push in zip(net.points, pushes)
+        module.get_submodule(p).register_forward_hook(lambda m, args, out, push=push: out + push)
+        for p, push in zip(places(name, module, net), pushes)
     ]
     with torch.no_grad():
         moved = module(x)
