@@ -154,17 +154,18 @@ class Recorder:
                 "tensor, its voltage, or a tuple of which that is the first; call it from a module that does."
             )
         handed = self.tape.look(self._pass(layer, voltage))
-        return type(output)([handed, *self._set_aside(others, name)]) if type(output) in (tuple, list) else handed
+        return type(output)([handed, *self._set_aside(others, layer)]) if type(output) in (tuple, list) else handed
 
-    def _set_aside(self, tree: Any, name: str) -> Any:
+    def _set_aside(self, tree: Any, layer: nn.Module) -> Any:
         """What a named module returns beside its voltage, as it is; that nothing is made of it is seen at the end."""
         if isinstance(tree, Tensor):
+            name = self.names[id(layer)]
             with self.tape.paused():
                 handed = cut(tree, name)
-            self._aside[self.tape.wire(tree, handed)] = name
+            self._aside[self.tape.wire(tree, handed, self.bits[id(layer)])] = name
             return handed
         if type(tree) in (tuple, list):
-            return type(tree)(self._set_aside(each, name) for each in tree)
+            return type(tree)(self._set_aside(each, layer) for each in tree)
         return tree
 
     def close(self) -> None:

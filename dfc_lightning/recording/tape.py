@@ -30,6 +30,10 @@ from dfc_lightning.operations.recognise import (
 AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
 
 
+_LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+"""Calls that look no more than at the type or shape of their second argument."""
+
+
 def _with_item(value: Tensor, index: Any, item: Any) -> Tensor:
     value = value.clone()
     value[index] = item
@@ -90,7 +94,7 @@ class Tape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.endswith("_like") or name.startswith("new_"):
             return func(*args, **kwargs)
-        if not self._concerned(args, kwargs):
+        if not (self._concerned(args[:1], {}) if name in _LIKE else self._concerned(args, kwargs)):
             result = func(*args, **kwargs)
             if len(self._outside):
                 self._follow_outside(func, args, kwargs, result)
@@ -157,7 +161,7 @@ class Tape(TorchFunctionMode):
             return slot
         with self.paused():
             layout = self._outside.get(tensor)
-            if layout is None and tensor.dim() and (not self.batch or tensor.shape[0] == self.batch):
+            if layout is None and tensor.dim() and (not self._values or tensor.shape[0] == self.batch):
                 self.batch, layout = tensor.shape[0], FIRST
             shape = tuple(tensor.shape)
             lost = f"in a tensor of the shape {shape} that is made outside it, {self.batch} samples have no place"
@@ -188,11 +192,11 @@ class Tape(TorchFunctionMode):
         self.operations.append(found)
         return found
 
-    def wire(self, arriving: Tensor, handed: Tensor) -> Slot:
-        """Let ``handed`` stand for ``arriving``; the slot of it."""
+    def wire(self, arriving: Tensor, handed: Tensor, layers: int) -> Slot:
+        """Let ``handed`` stand for ``arriving``, which layers have made; the slot of it."""
         with self.paused():
             source = self.enter(arriving)
-            target = self._new(handed, self._passed[source], self.layouts[source])
+            target = self._new(handed, self._passed[source] | layers, self.layouts[source])
         self.operations.append(Same(hand_on, [source], {}, [source], [target]))
         return target
 

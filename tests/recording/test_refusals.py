@@ -161,8 +161,8 @@ WHEN_RUN = {
     ),
     "sums over the batch": Case(lambda: via(lambda h: h @ (h.T @ h)), "operation matmul .*sums over dimension 1"),
     "samples for channels": Case(
-        lambda: Maps(lambda m, x: m.fc(F.relu(m.c(x[:, 1:].transpose(0, 1).expand(2, 4, 6, 6)[:, :2])).flatten(1))),
-        "operation conv2d .*samples have no place",
+        lambda: Maps(lambda m, x: m.fc(F.conv2d(m.c(x).transpose(0, 1), torch.ones(2, 4, 1, 1)).flatten(1))),
+        "operation conv2d .*for channels",
         True,
     ),
     "one sample for all": Case(lambda: via(lambda h: h + h[0]), "operation __getitem__ .*apart"),
