@@ -38,6 +38,8 @@ def laid(call: Call, layouts: Sequence[Layout | str]) -> list[Layout | str]:
         return list(RULES.get(call.name, _kept)(call, known))  # type: ignore[arg-type]
     except Mixes as reason:
         return [str(reason)] * len(call.outputs)
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:  # a call in a form that the rule does not know
+        return [f"where the samples go in it could not be told ({error})"] * len(call.outputs)
 
 
 def rule(names: Iterable[str]) -> Callable[[Rule], Rule]:
