@@ -212,9 +212,19 @@ class ControlledNetwork:
                 stack.callback(hook.remove)
             if isinstance(watch, Recorder):
                 stack.enter_context(function_calls(watch.tape.note))
+                for module in self._around():
+                    stack.callback(module.register_forward_pre_hook(watch.arriving, with_kwargs=True).remove)
                 stack.enter_context(watch.tape)
             yield
             watch.check_complete()
+
+    def _around(self) -> list[nn.Module]:
+        """The modules that layers are in."""
+        names = [p.name.split(".") for p in self._layers]
+        return [
+            self.module.get_submodule(name)
+            for name in dict.fromkeys(".".join(name[:k]) for name in names for k in range(len(name)))
+        ]
 
     def _trainable_now(self) -> list[bool]:
         return [p.requires_grad for p in scope_of(self.module, self._scope[0])[0].parameters()]
@@ -263,7 +273,7 @@ class ControlledNetwork:
 
     def _first(self, recording: Recording) -> Structure:
         record, frame, points, _ = recording
-        outputs, shapes = frame[record.output].shape[1], tuple(recording.shapes)
+        outputs, shapes = frame.first(record.output)[0].numel(), tuple(recording.shapes)
         if self.feedback:  # loaded before
             by_name = {p.name: q for p, q in zip(self.points, self.feedback)}
             self.weights.values = [by_name[p.name] for p in points]

@@ -59,8 +59,9 @@ class BatchNorm(Exact):
                 return x, self.live(x, *(None if p is None else p.detach().to(x) for p in (self.weight, self.bias)))
 
         x, y = frame.once((self, "graph"), linearise)
-        back = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in error.split(frame.batch)]
-        return [torch.cat(back)]
+        layout = frame.layouts[self.inputs[0]]
+        back = [torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in layout.split(error, frame.batch)]
+        return [layout.joined(back)]
 
     def live(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise ``x``, the statistics following their batch: what backprop differentiates.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import tensors_of
-from dfc_lightning.operations.operation import Deviations, Frame, Operation, Slot, constant, filled, weighed
+from dfc_lightning.operations.operation import Deviations, Frame, Operation, Slot, constant, filled
 
 
 class Exact(Operation):
@@ -38,28 +38,31 @@ class Reshape(Exact):
 
     def __init__(self, *args: Any, shape: Sequence[int]) -> None:
         super().__init__(*args)
-        self.shape = tuple(shape[1:])
+        self.shape = tuple(shape)
 
     def values(self, frame: Frame) -> Sequence[Tensor]:
-        return [self._reshaped(frame[self.inputs[0]])]
+        return [self._made(frame, frame[self.inputs[0]])]
 
     def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
         change = moved[self.inputs[0]]
         assert change is not None
-        return [self._reshaped(change)]
+        return [self._made(frame, change)]
 
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
-        return [_summed_to(errors[0], frame[self.inputs[0]].shape[1:])]
+        return [_summed_to(errors[0], frame, self.outputs[0], self.inputs[0])]
 
-    def _reshaped(self, value: Tensor) -> Tensor:
-        return value.reshape(value.shape[0], *self.shape)
+    def _made(self, frame: Frame, value: Tensor) -> Tensor:
+        return self._shaped(value, frame.layouts[self.outputs[0]].sized(self.shape, frame.batch))
+
+    def _shaped(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return value.reshape(shape)
 
 
 class Expand(Reshape):
     """The same along new or single positions, for any number of samples."""
 
-    def _reshaped(self, value: Tensor) -> Tensor:
-        return value.expand(value.shape[0], *self.shape)
+    def _shaped(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return value.expand(shape)
 
 
 class Same(Exact):
@@ -150,7 +153,7 @@ class Sum(Exact):
         found: dict[int, Tensor] = {}
         for term, scale in zip(two(self.args, self.kwargs), (1, self.scale)):
             if isinstance(term, Slot):
-                share = _summed_to(error if scale == 1 else error * scale, frame[term].shape[1:])
+                share = _summed_to(error if scale == 1 else error * scale, frame, self.outputs[0], term)
                 found[term] = found[term] + share if term in found else share
         return [found[s] for s in self.inputs]
 
@@ -181,9 +184,12 @@ class Product(Operation):
         found: dict[int, Tensor] = {}
         for term, other in ((x, y), (y, x)):
             if isinstance(term, Slot):
-                factor = frame[other].expand(frame[self.outputs[0]].shape) if isinstance(other, Slot) else other
-                share = weighed(error, factor) if isinstance(other, Slot) else error * factor
-                share = _summed_to(share, frame[term].shape[1:])
+                if isinstance(other, Slot):
+                    factor = frame[other].expand(frame[self.outputs[0]].shape)
+                    share = frame.layouts[self.outputs[0]].weighed(error, factor)
+                else:
+                    share = error * other
+                share = _summed_to(share, frame, self.outputs[0], term)
                 found[term] = found[term] + share if term in found else share
         return [found[s] for s in self.inputs]
 
@@ -194,9 +200,11 @@ def two(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def _summed_to(error: Tensor | None, shape: Sequence[int]) -> Tensor:
+def _summed_to(error: Tensor | None, frame: Frame, source: Slot, target: Slot) -> Tensor:
+    """An error at one slot, maybe of several times the batch, in the shape of another that was spread to it."""
     assert error is not None
-    shape = (error.shape[0], *shape)
+    several = frame.layouts[source].times(error.shape, frame[source].shape)
+    shape = frame.layouts[target].sized(frame[target].shape, several * frame.batch)
     return error.reshape(shape) if error.numel() == torch.Size(shape).numel() else error.sum_to_size(shape)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfc_lightning.operations.operation import Deviations, Frame, Operation, weighed
+from dfc_lightning.operations.operation import Deviations, Frame, Operation
 
 
 class MaxPool(Operation):
@@ -56,6 +56,7 @@ class MaxPool(Operation):
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         (error,), x = errors, frame[self.inputs[0]]
         assert error is not None
+        weighed = frame.layouts[self.outputs[0]].weighed
         return [self._scattered([weighed(error, won) for won in self._won(frame)], x, error.shape[2:])]
 
     def wins(self, frame: Frame) -> Tensor:
@@ -67,7 +68,7 @@ class MaxPool(Operation):
 
     def _scattered(self, entries: Sequence[Tensor], x: Tensor, size: Sequence[int]) -> Tensor:
         """What is given for the entries at each offset, added up where the entries lie in ``x``."""
-        total = self._padded(x.new_zeros(entries[0].shape[0], *x.shape[1:]), size, 0.0)
+        total = self._padded(x.new_zeros(*entries[0].shape[:2], *x.shape[2:]), size, 0.0)
         for entry, place in zip(entries, self._places(size)):
             total[place] += entry
         inside: Any = (..., *(slice(p, p + n) for p, n in zip(self.padding, x.shape[2:])))

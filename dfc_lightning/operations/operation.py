@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
+from dfc_lightning.operations.layout import Layout
 
 
 class Slot(int):
@@ -36,11 +37,13 @@ class Frame:
         values: the value of each slot that the program uses, else None.
         batch: B.
         dtype: of the values.
+        layouts: where the samples lie in each.
     """
 
     values: list[Tensor | None]
     batch: int
     dtype: torch.dtype
+    layouts: Sequence[Layout]
     derived: dict[Any, Any] = field(default_factory=dict)
 
     def __getitem__(self, slot: int) -> Tensor:
@@ -62,7 +65,11 @@ class Frame:
                 return before
             return before + change if before.is_floating_point() else change
 
-        return Frame([value(v, d) for v, d in zip(self.values, moved)], self.batch, self.dtype)
+        return Frame([value(v, d) for v, d in zip(self.values, moved)], self.batch, self.dtype, self.layouts)
+
+    def first(self, slot: int) -> Tensor:
+        """A value with the samples in its first dimension."""
+        return self.layouts[slot].first(self[slot])
 
 
 class Operation:
@@ -136,7 +143,7 @@ class Operation:
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         """Errors of its inputs for those of its results: the transpose of :meth:`tangents`.
 
-        Errors may be several times the batch, (R B, …), R errors of every sample one after the other.
+        Errors may be several times the batch, R B for B samples, R errors of every sample one after the other.
 
         Args:
             frame: the values at which to linearise.
@@ -159,13 +166,19 @@ class Operation:
         ends = [k for k in reached if results[k].requires_grad]
         if not ends:
             return found
-        several = zip(*(error.split(frame.batch) for k in ends if (error := errors[k]) is not None))
+        several = zip(
+            *(
+                frame.layouts[self.outputs[k]].split(error, frame.batch)
+                for k in ends
+                if (error := errors[k]) is not None
+            )
+        )
         back = [
             torch.autograd.grad([results[k] for k in ends], leaves, each, retain_graph=True, allow_unused=True)
             for each in several
         ]
         for slot, parts in zip(floats, zip(*back)):
-            found[self.inputs.index(slot)] = None if parts[0] is None else torch.cat(parts)
+            found[self.inputs.index(slot)] = None if parts[0] is None else frame.layouts[slot].joined(parts)
         return found
 
     def _smooth(self, frame: Frame) -> tuple[list[Slot], list[int]]:
@@ -182,13 +195,6 @@ class Operation:
             else:
                 kwargs = {**kwargs, "input": kwargs["input"].clone()}
         return tensors_of(self.function(*args, **kwargs))
-
-
-def weighed(error: Tensor, weight: Tensor) -> Tensor:
-    """Errors times a weight for each entry of a sample, (B, …); the errors may be several times the batch."""
-    if error.shape[0] == weight.shape[0]:
-        return error * weight
-    return (error.unflatten(0, (-1, weight.shape[0])) * weight).flatten(0, 1)
 
 
 def slots_in(tree: Any) -> list[Slot]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dfc_lightning.operations.nonlinearity import Nonlinearity
-from dfc_lightning.operations.operation import Deviations, Frame, Operation, weighed
+from dfc_lightning.operations.operation import Deviations, Frame, Operation
 
 
 class Rate(Operation):
@@ -39,7 +39,7 @@ class Rate(Operation):
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         error = errors[0]
         assert error is not None
-        return [weighed(error, self.slope(frame))]
+        return [frame.layouts[self.outputs[0]].weighed(error, self.slope(frame))]
 
     def slope(self, frame: Frame) -> Tensor:
         """φ' at the frame's values."""

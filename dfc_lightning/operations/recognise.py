@@ -99,8 +99,7 @@ def _same(call: Call) -> Operation | None:
 
 @handles(["view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"])
 def _reshape(call: Call) -> Operation | None:
-    apart = call.one and call.x.shape[:1] == call.y.shape[:1]
-    return Reshape(*call.parts, shape=call.y.shape) if apart else None
+    return Reshape(*call.parts, shape=call.y.shape) if call.one else None
 
 
 @handles(["expand", "expand_as", "broadcast_to"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.nonlinearity import Elementwise
 from dfc_lightning.operations.operation import Deviations, Frame, Operation, constant
 from dfc_lightning.operations.rate import Rate
@@ -167,7 +168,7 @@ def _frame(call: Operation, values: Sequence[Tensor]) -> Frame:
     used = {*call.inputs, *call.outputs}
     dtype = torch.promote_types(next(values[s].dtype for s in call.inputs), torch.float32)
     own = [constant(v, dtype) if k in used else None for k, v in enumerate(values)]
-    return Frame(own, values[call.inputs[0]].shape[0], dtype)
+    return Frame(own, values[call.inputs[0]].shape[0], dtype, [FIRST] * len(own))
 
 
 def _alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

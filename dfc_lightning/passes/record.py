@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -88,7 +89,7 @@ class Record:
 
     def again(self, frame: Frame) -> Frame:
         """The program's values for the same input, as its weights are now."""
-        found = Frame(list(frame.values), frame.batch, frame.dtype)
+        found = replace(frame, values=list(frame.values), derived={})
         for each in self.program:
             for slot, value in zip(each.outputs, each.values(found)):
                 found.values[slot] = value
@@ -96,7 +97,19 @@ class Record:
 
     def samples(self, frame: Frame, index: torch.Tensor) -> Frame:
         """The values of some samples only."""
-        values = [v[index] if k in self.used and v is not None else None for k, v in enumerate(frame.values)]
-        output = values[self.output]
-        assert output is not None
-        return Frame(values, output.shape[0], frame.dtype)
+        values = [
+            layout.samples(v, index) if k in self.used and v is not None else None
+            for k, (v, layout) in enumerate(zip(frame.values, frame.layouts))
+        ]
+        batch = len(torch.arange(frame.batch, device=index.device)[index])
+        return replace(frame, values=values, batch=batch, derived={})
+
+
+def finest(frame: Frame, program: Sequence[Operation]) -> Frame:
+    """Take the rows that samples have throughout for samples: tokens, say, that are in the batch all along."""
+    used = {int(s) for each in program for s in (*each.inputs, *each.outputs)}
+    rows = math.gcd(*(frame.layouts[s].rows for s in used))
+    if rows == 1:
+        return frame
+    layouts = [each._replace(rows=each.rows // rows) if s in used else each for s, each in enumerate(frame.layouts)]
+    return replace(frame, batch=frame.batch * rows, layouts=layouts)

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dfc_lightning.operations.layout import FIRST, Layout
 from dfc_lightning.operations.nonlinearity import Identity
 from dfc_lightning.operations.operation import Deviations, Frame
 from dfc_lightning.operations.passage import Passage
@@ -38,6 +39,7 @@ class RecordedDeviation(Deviation):
         driven: what drives each point beyond its input, in the shape of its voltage.
         moved: every deviation, by slot.
         record: what the slots are.
+        layouts: where the samples lie in each.
         late: what has arrived at each point by now, less what has arrived when its soma last moved; None where
             transmission is instantaneous.
     """
@@ -45,30 +47,35 @@ class RecordedDeviation(Deviation):
     driven: list[Tensor]
     moved: Deviations
     record: Record
+    layouts: Sequence[Layout]
     late: list[Tensor] | None = None
 
     @property
     def output(self) -> Tensor:
         found = self.moved[self.record.output]
         assert found is not None
-        return found
+        return _matrix(self.layouts, self.record.output, found)
 
     @property
     def basal(self) -> list[Tensor]:  # type: ignore[override]
-        arriving = (self.moved[p.source] for p in self.record.passages)
+        arriving = (_first(self.layouts, p.source, self.moved[p.source]) for p in self.record.passages)
         return [torch.zeros_like(d) if b is None else b for b, d in zip(arriving, self.driven)]
 
     def where(self, keep: Tensor, other: RecordedDeviation | None = None) -> RecordedDeviation:
-        def choose(mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None) -> list:
+        def choose(
+            mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None, layouts: Sequence[Layout]
+        ) -> list:
             if others is None:
                 others = [None] * len(mine)
-            return [_where(keep, a, b) for a, b in zip(mine, others)]
+            return [_where(keep, a, b, layout) for a, b, layout in zip(mine, others, layouts)]
 
+        first = [FIRST] * len(self.driven)
         return RecordedDeviation(
-            choose(self.driven, None if other is None else other.driven),
-            choose(self.moved, None if other is None else other.moved),
+            choose(self.driven, None if other is None else other.driven, first),
+            choose(self.moved, None if other is None else other.moved, self.layouts),
             self.record,
-            None if self.late is None else choose(self.late, None if other is None else other.late),
+            self.layouts,
+            None if self.late is None else choose(self.late, None if other is None else other.late, first),
         )
 
 
@@ -94,23 +101,28 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
 
     @property
     def output(self) -> Tensor:
-        return self.frame[self.record.output]
+        return _matrix(self.frame.layouts, self.record.output, self.frame[self.record.output])
 
     @property
     def v(self) -> list[Tensor]:  # type: ignore[override]
-        return [self.frame[p.target] for p in self.record.passages]
+        return [self.frame.first(p.target) for p in self.record.passages]
 
     @cached_property
     def slopes(self) -> list[Tensor]:  # type: ignore[override]
         found = []
-        for site, v in zip(self.record.sites, self.v):
+        for site, passage in zip(self.record.sites, self.passages):
+            v = self.frame[passage.target]
             slope = site.phi.slope(v, site.phi(v)) if site.operation is None else site.operation.slope(self.frame)
-            found.append(slope if site.pool is None else slope * site.pool.wins(self.frame))
+            slope = slope if site.pool is None else slope * site.pool.wins(self.frame)
+            found.append(self._layout(passage).first(slope))
         return found
 
     @property
     def presynaptic(self) -> list[Tensor]:
-        return [self.frame[s.heard] for s in self.record.segments]
+        return [self.frame.first(s.heard) for s in self.record.segments]
+
+    def _layout(self, passage: Passage) -> Layout:
+        return self.frame.layouts[passage.target]
 
     @property
     def somata(self) -> Sequence[int]:
@@ -154,14 +166,18 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         """Make the pass again, in deviations.
 
         Args:
-            at_point: given a point's number and its basal deviation, None for none, what is handed on.
+            at_point: given a point's number and its basal deviation, None for none, what is handed on; both in the
+                shape of its voltage.
             linear: to first order.
         """
         frame = self.frame
         moved: Deviations = [None] * len(frame.values)
         for each in self.record.program:
             if isinstance(each, Passage):
-                moved[each.target] = at_point(each.index, moved[each.source])
+                layout = frame.layouts[each.target]
+                moved[each.target] = layout.back(
+                    at_point(each.index, _first(frame.layouts, each.source, moved[each.source]))
+                )
             elif any(moved[s] is not None for s in each.inputs):
                 changes = (each.tangents if linear else each.deviations)(frame, moved)
                 for slot, change in zip(each.outputs, changes):
@@ -169,7 +185,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         return moved
 
     def respond(self, driven: Sequence[Tensor]) -> RecordedDeviation:
-        return RecordedDeviation(list(driven), self._driven_pass(driven), self.record)
+        return RecordedDeviation(list(driven), self._driven_pass(driven), self.record, self.frame.layouts)
 
     def _driven_pass(self, driven: Sequence[Tensor], linear: bool = False) -> Deviations:
         return self.run(lambda i, basal: driven[i] if basal is None else basal + driven[i], linear)
@@ -177,17 +193,17 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     def apart(self, driven: Sequence[Tensor]) -> RecordedDeviation:
         moved: Deviations = [None] * len(self.frame.values)
         for p, site, a in zip(self.record.passages, self.record.sites, driven):
-            moved[p.target] = a
+            moved[p.target] = self._layout(p).back(a)
             if site.operation is not None:
-                moved[site.operation.inputs[0]] = a
-        return RecordedDeviation(list(driven), moved, self.record)
+                moved[site.operation.inputs[0]] = moved[p.target]
+        return RecordedDeviation(list(driven), moved, self.record, self.frame.layouts)
 
     # Linearised
 
     def linear_response(self, driven: Sequence[Tensor]) -> Tensor:
         found = self._driven_pass(driven, linear=True)[self.record.output]
         assert found is not None
-        return found
+        return _matrix(self.frame.layouts, self.record.output, found)
 
     def pull(
         self,
@@ -198,13 +214,16 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     ) -> list[Tensor]:
         errors = self._pulled(error, self._frame_at(at), self.record.moving, through, live)
         return [
-            v.new_zeros(error.shape[0], *v.shape[1:]) if (e := errors[p.target]) is None else e
+            v.new_zeros(error.shape[0], *v.shape[1:]) if (e := errors[p.target]) is None else self._layout(p).first(e)
             for p, v in zip(self.passages, self.v)
         ]
 
     def output_errors(self, error: Tensor) -> list[Tensor | None]:
         errors = self._pulled(error, self.frame, self.record.tail)
-        return [errors[p.target] if count == 1 else None for p, count in zip(self.passages, self.somata)]
+        return [
+            _first(self.frame.layouts, p.target, errors[p.target]) if count == 1 else None
+            for p, count in zip(self.passages, self.somata)
+        ]
 
     @property
     def passages(self) -> Sequence[Passage]:
@@ -230,6 +249,14 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         few = torch.linspace(0, self.batch_size - 1, min(MEAN_OVER, self.batch_size)).round().long()
         return self.samples(few.to(self.output.device)).gain().mean(0, keepdim=True)
 
+    def _output_shaped(self, error: Tensor) -> Tensor:
+        """An error of the output, (B, n_L), as what made the output returned it."""
+        layout = self.frame.layouts[self.record.output]
+        if layout == FIRST:
+            return error
+        shape = self.frame.first(self.record.output).shape[1:]
+        return layout.back(error.reshape(-1, *shape))
+
     def _frame_at(self, at: RecordedDeviation | None) -> Frame:
         if at is None:
             return self.frame
@@ -246,7 +273,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         """Errors by slot, of ``slots`` alone: what has no part in them is not gone back to."""
         other = {id(s.layer): (s.layer, w) for s, w in zip(self.record.segments, through or ()) if s.layer is not None}
         errors: list[Tensor | None] = [None] * len(frame.values)
-        errors[self.record.output] = error
+        errors[self.record.output] = self._output_shaped(error)
         for each in reversed(self.record.program):
             given = [errors[s] for s in each.outputs]
             if slots.isdisjoint(each.inputs) or all(e is None for e in given):
@@ -268,14 +295,19 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     # From activity to updates
 
     def basal_drive(self, deviation: RecordedDeviation) -> list[Tensor]:
-        return [v + b - s.shift(v) for v, b, s in zip(self.v, deviation.basal, self.record.segments)]
+        found = []
+        for passage, basal, segment in zip(self.passages, deviation.basal, self.record.segments):
+            v, layout = self.frame[passage.target], self._layout(passage)
+            found.append(layout.first(v + layout.back(basal) - segment.shift(v)))
+        return found
 
     def postsynaptic(self, deviation: RecordedDeviation, plasticity: Plasticity) -> list[Tensor]:
         if plasticity == "derivative":
             return [d * a for d, a in zip(self.slopes, deviation.driven)]
         frame, found = self.frame, []
-        for i, (site, driven) in enumerate(zip(self.record.sites, deviation.driven)):
-            signal = driven
+        for i, (site, passage) in enumerate(zip(self.record.sites, self.passages)):
+            layout = self._layout(passage)
+            signal = driven = layout.back(deviation.driven[i])
             if plasticity == "rate_difference" and not isinstance(site.phi, Identity):
                 if site.operation is None:
                     at, slope = self.passages[i].target, None
@@ -286,28 +318,43 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
                 change = deviation.moved[at]
                 assert change is not None
                 if deviation.late is not None:
-                    change = change + deviation.late[i]
+                    change = change + layout.back(deviation.late[i])
                 with_, without = (site.phi.difference(frame[at], r, d, slope) for d in (change, change - driven))
                 signal = with_ - without
-            found.append(signal if site.pool is None else signal * site.pool.wins(frame))
+            found.append(layout.first(signal if site.pool is None else signal * site.pool.wins(frame)))
         return found
 
     def heard(self, deviation: RecordedDeviation) -> list[Tensor]:
-        moved = [deviation.moved[s.heard] for s in self.record.segments]
+        layouts = self.frame.layouts
+        moved = [_first(layouts, s.heard, deviation.moved[s.heard]) for s in self.record.segments]
         return [r if d is None else r + d for r, d in zip(self.presynaptic, moved)]
 
     def gradients(
         self, signals: Sequence[Tensor], heard: Sequence[Tensor] | None = None, scale: float = 1.0
     ) -> list[list[Tensor]]:
-        share = scale / self.batch_size
+        share, layouts = scale / self.batch_size, self.frame.layouts
         return [
-            segment.gradients(self.frame, t * share, r)
-            for segment, t, r in zip(self.record.segments, signals, self.presynaptic if heard is None else heard)
+            segment.gradients(self.frame, self._layout(p).back(t * share), layouts[segment.heard].back(r))
+            for segment, p, t, r in zip(
+                self.record.segments, self.passages, signals, self.presynaptic if heard is None else heard
+            )
         ]
 
 
-def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _first(layouts: Sequence[Layout], slot: int, value: Tensor | None) -> Tensor | None:
+    """A slot's tensor with the samples in its first dimension."""
+    return None if value is None else layouts[slot].first(value)
+
+
+def _matrix(layouts: Sequence[Layout], slot: int, value: Tensor) -> Tensor:
+    """The output as (B, n_L)."""
+    return value if layouts[slot] == FIRST else layouts[slot].first(value).flatten(1)
+
+
+def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None, layout: Layout) -> Tensor | None:
     if mine is None:
         return None
     other = torch.zeros_like(mine) if other is None else other
-    return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other)
+    if layout != FIRST:
+        mine, other = layout.first(mine), layout.first(other)
+    return layout.back(torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other))

@@ -52,7 +52,7 @@ class Segment:
         return [p for p in (self.weight, self.bias, self.norm_weight, self.norm_bias) if p is not None]
 
     def shift(self, voltage: Tensor) -> Tensor | float:
-        """The constant that is last added to ``voltage``, (B, …): a bias, or a normalisation's β."""
+        """The constant that is last added to ``voltage``, as its call returned it: a bias, or a normalisation's β."""
         bias, last = (self.bias, self.layer) if self.norm is None else (self.norm.arguments.get("bias"), self.norm)
         if bias is None or last is None:
             return 0.0
@@ -65,8 +65,8 @@ class Segment:
 
         Args:
             frame: the feedforward values, where the normalisation's derivative is taken.
-            signal: the teaching signal in the shape of the voltage, (B, …).
-            heard: what the layer hears, (B, …).
+            signal: the teaching signal in the shape of what the call of the layer, or normalisation, returned.
+            heard: what the layer hears, in the shape that its call was given.
         """
         after: list[Tensor] = []
         if self.norm is not None:

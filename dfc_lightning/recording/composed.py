@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.linear import Product, Reshape, Same, Sum, two
 from dfc_lightning.operations.nonlinearity import Elementwise
 from dfc_lightning.operations.operation import Frame, Operation, Slot
 from dfc_lightning.operations.rate import Rate
+from dfc_lightning.operations.surrogate import Surrogate, SurrogateRate
 
 _SHAPES = {"squeeze", "unsqueeze"}
 _QUOTIENTS = {"div", "__div__", "__truediv__", "__itruediv__", "true_divide", "divide"}
@@ -41,7 +43,7 @@ def composed(between: Sequence[Operation], source: Slot, end: Slot) -> Callable[
     size = 1 + max(int(s) for s in (source, *(s for each in between for s in each.outputs)))
 
     def run(v: Tensor) -> Tensor:
-        frame = Frame([None] * size, v.shape[0], v.dtype)
+        frame = Frame([None] * size, v.shape[0], v.dtype, [FIRST] * size)
         frame.values[source] = v
         for each in between:
             for slot, value in zip(each.outputs, each.values(frame)):
@@ -68,8 +70,12 @@ def rate_of(source: Slot, users: Mapping[int, Sequence[Operation]], frame: Frame
             return None
         between, end = [each for each in between if each is not last], last.inputs[0]
     making = [each for each in between if not isinstance(each, Same) and not _shapes(each)]
-    if len(making) == 1 and isinstance(making[0], Rate) and making[0].inputs[0] == source:
-        return making[0]
+    first = making[0] if making else None
+    alone = len(making) == 1 or any(isinstance(each, (Surrogate, SurrogateRate)) for each in making)
+    if alone and isinstance(first, Rate) and first.inputs[0] == source:
+        return first  # a function with a derivative of its own is no part of another that is known by its values
+    if any(isinstance(each, (Surrogate, SurrogateRate)) for each in making):
+        return None
     if not making:
         return None
     function = Elementwise(composed(between, source, end))

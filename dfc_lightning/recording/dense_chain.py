@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfc_lightning.operations.arguments import writes_into_argument
 from dfc_lightning.operations.batch_norm import BatchNorm
+from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.nonlinearity import Elementwise, Identity, Nonlinearity
 from dfc_lightning.operations.operation import Frame, Operation, Slot
@@ -37,7 +38,7 @@ def dense_chain(record: Record, frame: Frame) -> list[Link] | None:
             if not isinstance(segment, Segment) or segment.norm is not None or each.name != "linear":
                 return None
             link = Link(Identity(), False) if voltage is None else _link(between, voltage, each.inputs[0], frame)
-            if link is None or (voltage is None and between) or frame[passage.target].dim() != 2:
+            if link is None or (voltage is None and between) or not _is_matrix(frame, passage.target):
                 return None
             found, between, voltage = [*found, link], [], None
         elif isinstance(each, Passage) and waiting and each is waiting[0][1] and not between:
@@ -46,6 +47,10 @@ def dense_chain(record: Record, frame: Frame) -> list[Link] | None:
             between.append(each)
     chained = not waiting and not between and voltage == record.output
     return [*found[1:], Link(Identity(), False)] if chained else None
+
+
+def _is_matrix(frame: Frame, slot: Slot) -> bool:
+    return frame[slot].dim() == 2 and frame.layouts[slot] == FIRST
 
 
 def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -> Link | None:

@@ -9,6 +9,7 @@ from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.operation import Frame, constant
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import NamedSegment
+from dfc_lightning.recording.tape import entangled
 
 
 def check_samples_are_independent(record: Record, frame: Frame) -> None:
@@ -17,20 +18,16 @@ def check_samples_are_independent(record: Record, frame: Frame) -> None:
     Raises:
         ControlError: it does not: samples depend on each other, or on their place in the batch.
     """
-    output = frame[record.output]
-    for each in record.program:
-        if any(frame[s].shape[:1] != output.shape[:1] for s in (*each.inputs, *each.outputs)):
-            raise _entangled(each.name)
-    some = record.samples(frame, torch.arange(0, frame.batch, 2, device=output.device))
+    some = record.samples(frame, torch.arange(0, frame.batch, 2, device=frame[record.output].device))
     rtol = 1e-3 if frame.dtype == torch.float32 else 1e-8
     for each in record.program:
         try:
             values = each.values(some)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise _entangled(each.name, f" ({error})") from error
+            raise entangled(each.name, f"with some samples only it ends in {error}") from error
         for slot, value in zip(each.outputs, values):
             if value.shape != some[slot].shape or not _alike(value, some[slot], rtol):
-                raise _entangled(each.name)
+                raise entangled(each.name, "made again with some samples only, it gave them other values")
 
 
 def check_named_modules_repeat(record: Record, frame: Frame) -> None:
@@ -56,11 +53,3 @@ def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:
     if not seen.is_floating_point() or not seen.numel():
         return torch.equal(value, seen)
     return torch.allclose(value, seen, rtol, rtol * float(seen.abs().max()))
-
-
-def _entangled(name: str, cause: str = "") -> ControlError:
-    return ControlError(
-        f"The operation {name} gives a sample another value without the other samples{cause}. Feedback control settles "
-        "each sample by itself; of what mixes samples only batch normalisation can be held. Write shapes with -1 or "
-        "x.shape[0] for the batch, or freeze the layers before it with requires_grad_(False)."
-    )

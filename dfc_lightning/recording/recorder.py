@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import tensors_of
+from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
 from dfc_lightning.operations.passage import Passage
-from dfc_lightning.passes.record import Record
+from dfc_lightning.passes.record import Record, finest
 from dfc_lightning.passes.segment import LAYERS, NamedSegment
 from dfc_lightning.recording.assembly import does_more, is_own_call, is_untaught_norm, segment_of, site_of, uses
 from dfc_lightning.recording.beside import (
@@ -48,7 +49,7 @@ class Recording(NamedTuple):
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Of the points' voltages, without the samples."""
-        return [tuple(self.frame[p.target].shape[1:]) for p in self.record.passages]
+        return [tuple(self.frame.first(p.target).shape[1:]) for p in self.record.passages]
 
 
 class Recorder:
@@ -90,6 +91,10 @@ class Recorder:
         """Whether the module is called beside the pass that is recorded: without gradients, for a pseudo-label, say."""
         return self.tape.beside
 
+    def arriving(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of what the layers are in: what the outermost is given are the samples."""
+        self.tape.expect([args, kwargs])
+
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the layer is about to hear."""
         if self.beside:
@@ -113,7 +118,7 @@ class Recorder:
             return None
         with self.tape.paused():
             buffers = {key: buffer.clone() for key, buffer in layer.named_buffers()}
-            slots = self.tape.with_slots(args), self.tape.with_slots(kwargs)
+        slots = self.tape.given(args, kwargs)
         self._named[id(layer)] = NamedSegment(layer, *slots, buffers, [Slot(len(self.tape.masks))])
         return None
 
@@ -163,17 +168,18 @@ class Recorder:
                 "tensor, its voltage, or a tuple of which that is the first; call it from a module that does."
             )
         handed = self.tape.look(self._pass(layer, voltage))
-        return type(output)([handed, *self._set_aside(others, name)]) if type(output) in (tuple, list) else handed
+        return type(output)([handed, *self._set_aside(others, layer)]) if type(output) in (tuple, list) else handed
 
-    def _set_aside(self, tree: Any, name: str) -> Any:
+    def _set_aside(self, tree: Any, layer: nn.Module) -> Any:
         """What a named module returns beside its voltage, as it is; that nothing is made of it is seen at the end."""
         if isinstance(tree, Tensor):
+            name = self.names[id(layer)]
             with self.tape.paused():
                 handed = cut(tree, name)
-            self._aside[self.tape.wire(tree, handed)] = name
+            self._aside[self.tape.wire(tree, handed, self.bits[id(layer)])] = name
             return handed
         if type(tree) in (tuple, list):
-            return type(tree)(self._set_aside(each, name) for each in tree)
+            return type(tree)(self._set_aside(each, layer) for each in tree)
         return tree
 
     def close(self) -> None:
@@ -208,7 +214,7 @@ class Recorder:
             program = self.tape.program()
             _refuse_detach(program)
             self._refuse_aside(program)
-            frame = self._full(self.tape.frame(program), program)
+            frame = self._full(finest(self.tape.frame(program), program), program)
             makers: dict[int, Operation] = {s: each for each in program for s in each.outputs}
             users: dict[int, list[Operation]] = {}
             for each in program:
@@ -220,7 +226,12 @@ class Recorder:
             ]
             sites = [site_of(passage, users, frame) for passage in self.passages]
             record = Record(program, segments, self.passages, sites, self.tape.output or Slot(0))
-        return self._at_output(Recording(record, frame, self.order, self._bare), output)
+        layout = frame.layouts[record.output]
+        handed = layout.first(output).flatten(1) if layout != FIRST else output
+        taken = self._at_output(Recording(record, frame, self.order, self._bare), handed)
+        if layout == FIRST:
+            return taken
+        return layout.back(taken.view(layout.first(output).shape))
 
     def _refuse_aside(self, program: Sequence[Operation]) -> None:
         for each in program:
@@ -260,7 +271,7 @@ class Recorder:
         if all(v.dtype == self._dtype for v in floats):
             return frame
         values = [None if v is None else constant(v, self._dtype) for v in frame.values]
-        full = Frame(values, frame.batch, self._dtype)
+        full = Frame(values, frame.batch, self._dtype, frame.layouts)
         for each in program:
             for slot, value in zip(each.outputs, each.values(full)):
                 full.values[slot] = value

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
+from dfc_lightning.operations.laying import beside, laid
+from dfc_lightning.operations.layout import FIRST, Layout
 from dfc_lightning.operations.linear import Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
@@ -21,6 +24,10 @@ from dfc_lightning.recording.beside import refuse_unseen
 from dfc_lightning.recording.own_backward import FunctionCall
 
 AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
+
+
+_LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+"""Calls that look no more than at the type or shape of their second argument."""
 
 
 def _tuple(result: Any) -> tuple[Any, ...]:
@@ -44,7 +51,7 @@ class Tape(TorchFunctionMode):
         layers: how many layers there are.
         at_output: called with the output; what it returns takes the output's place.
         at_call: given each recorded call and its result; what it returns takes the result's place.
-        fixed: tensors that have no row a sample, whatever their shape.
+        fixed: tensors that are the same for all samples, whatever their shape.
     """
 
     def __init__(
@@ -62,6 +69,11 @@ class Tape(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.output: Slot | None = None
         self._all, self._at_output = (1 << layers) - 1, at_output
+        self.layouts: list[Layout | str] = []
+        """Where the samples lie in the tensor of each slot; or why nowhere."""
+        self.batch = 0
+        """B, once known."""
+        self._outside = WeakIdKeyDictionary()  # tensors that no layer has made, and where the samples lie in them
         self._values: list[Tensor] = []
         self._passed: list[int] = []
         self._slot: dict[int, Slot] = {}
@@ -83,8 +95,13 @@ class Tape(TorchFunctionMode):
         if self.output is not None or self._paused or torch.is_grad_enabled() != self._with_grad:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name.endswith("_like") or name.startswith("new_") or not self._concerned(args, kwargs):
+        if name.endswith("_like") or name.startswith("new_"):
             return func(*args, **kwargs)
+        if not (self._concerned(args[:1], {}) if name in _LIKE else self._concerned(args, kwargs)):
+            result = func(*args, **kwargs)
+            if len(self._outside):
+                self._follow_outside(func, args, kwargs, result)
+            return result
         refuse_unrepeatable(func, args, kwargs)
         self._calling = name
         result = self._recorders.get(name, self._call)(func, args, kwargs)
@@ -98,7 +115,7 @@ class Tape(TorchFunctionMode):
     # What is recorded how
 
     def _call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        slots = self.with_slots(args), self.with_slots(kwargs)
+        slots = self._slotted(func, args, kwargs)
         overwrites = writes_into_argument(func, args, kwargs)
         if overwrites:
             self._keep(args[0] if args else kwargs["input"])
@@ -107,7 +124,7 @@ class Tape(TorchFunctionMode):
         return result
 
     def _set_item(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        _, *rest = self.with_slots(args)
+        (_, *rest), _ = self._slotted(func, args, kwargs)
         self._keep(args[0])
         target = self.enter(args[0])
         func(*args, **kwargs)
@@ -120,12 +137,14 @@ class Tape(TorchFunctionMode):
         with self.paused():
             ones = torch.ones_like(x)
             mask = func(ones, *args[1:], **kwargs) if args else func(**{**kwargs, "input": ones})
-            source, kept = self.enter(x), self._new(mask, 0)
+            source = self.enter(x)
+            layout = self.layouts[source]
+            kept = self._new(mask, 0, layout)
             result = x * mask
             if writes_into_argument(func, args, kwargs):
                 self._keep(x)
                 result = x.copy_(result)
-            target = self._new(result, self._passed[source])
+            target = self._new(result, self._passed[source], layout)
             self.masks.append(kept)
         self.operations.append(Product(torch.mul, [source, kept], {}, [source, kept], [target]))
         return result
@@ -143,13 +162,19 @@ class Tape(TorchFunctionMode):
                     f"The function {call.function.__name__} overwrites its argument, and would do so again and again "
                     "while the network settles. Let its forward return a new tensor, without mark_dirty()."
                 )
-            args = self.with_slots(call.args)
+            args, _ = self._slotted(call.function.apply, call.args, {})
             inputs, passed = slots_in(args), 0
             for slot in inputs:
                 passed |= self._passed[slot]
-            outputs = {k: self._nameless(t, passed) for k, t in made.items()}
+            outputs = {k: self._nameless(t, passed, self._layout_beside(t, inputs)) for k, t in made.items()}
             self.operations.append(Operation(call.function.apply, args, {}, inputs, list(outputs.values())))
             self._own[id(call.node)] = call, self.operations[-1], outputs
+
+    def _layout_beside(self, made: Tensor, inputs: Sequence[Slot]) -> Layout | str:
+        """Where the samples lie in what a function of the user's has made: as in an argument of the same shape."""
+        like = [self.layouts[s] for s in inputs if self._values[s].shape == made.shape]
+        first = FIRST if made.dim() and made.shape[0] == self.batch else "its result has no dimension of the samples"
+        return like[0] if like else first
 
     def _resolve(self, tensor: Tensor) -> Slot | None:
         """The slot of a tensor, which an autograd function may just have returned."""
@@ -180,12 +205,31 @@ class Tape(TorchFunctionMode):
 
     def enter(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, a new one if it comes from outside."""
+        slot = self._slot.get(id(tensor))
+        if slot is not None:
+            return slot
         with self.paused():
             slot = self._resolve(tensor)
-            if slot is None:
-                refuse_unseen(tensor)
-                slot = self._new(tensor, 0)
-            return slot
+            if slot is not None:
+                return slot
+            refuse_unseen(tensor)
+            layout = self._outside.get(tensor)
+            if layout is None and tensor.dim() and (not self._values or tensor.shape[0] == self.batch):
+                self.batch, layout = tensor.shape[0], FIRST
+            shape = tuple(tensor.shape)
+            lost = f"in a tensor of the shape {shape} that is made outside it, {self.batch} samples have no place"
+            return self._new(tensor, 0, layout or lost)
+
+    def expect(self, tree: Any) -> None:
+        """Take what a module is given for samples, in the first dimension, if nothing was before."""
+        if self.batch or self._paused or self.beside:
+            return
+        with self.paused():
+            given = [t for t in tensors_of(tree) if t.dim()]
+            self.batch = given[0].shape[0] if given else 0
+            for each in given:
+                if each.shape[0] == self.batch:
+                    self._outside[each] = FIRST
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
         """Let ``arriving`` pass a control point.
@@ -197,15 +241,15 @@ class Tape(TorchFunctionMode):
         """
         with self.paused():
             source = self.enter(arriving)
-            found = Passage(source, self._new(handed, self._passed[source] | layers))
+            found = Passage(source, self._new(handed, self._passed[source] | layers, self.layouts[source]))
         self.operations.append(found)
         return found
 
-    def wire(self, arriving: Tensor, handed: Tensor) -> Slot:
-        """Let ``handed`` stand for ``arriving``; the slot of it."""
+    def wire(self, arriving: Tensor, handed: Tensor, layers: int) -> Slot:
+        """Let ``handed`` stand for ``arriving``, which layers have made; the slot of it."""
         with self.paused():
             source = self.enter(arriving)
-            target = self._new(handed, self._passed[source])
+            target = self._new(handed, self._passed[source] | layers, self.layouts[source])
         self.operations.append(Same(hand_on, [source], {}, [source], [target]))
         return target
 
@@ -241,6 +285,7 @@ class Tape(TorchFunctionMode):
         self._values.append(self._values[handed])
         self._passed.append(self._passed[handed])
         self._alive.append(self._alive[handed])
+        self.layouts.append(self.layouts[handed])
         norm.outputs = [arriving]
         found = Passage(arriving, handed)
         self.operations.insert(self.operations.index(norm) + 1, found)
@@ -257,11 +302,20 @@ class Tape(TorchFunctionMode):
         return found[::-1]
 
     def frame(self, program: Sequence[Operation]) -> Frame:
-        """The recorded values that a program uses."""
+        """The recorded values that a program uses.
+
+        Raises:
+            ControlError: an operation mixes samples.
+        """
+        for each in program:
+            for slot in each.outputs:
+                if isinstance(reason := self.layouts[slot], str):
+                    raise entangled(each.name, reason)
         used = {int(s) for each in program for s in (*each.inputs, *each.outputs)}
         values = [v if k in used else None for k, v in enumerate(self._values)]
         assert self.output is not None
-        return Frame(values, self._values[0].shape[0], self._values[self.output].dtype)
+        layouts = cast("list[Layout]", self.layouts)  # of those that are used
+        return Frame(values, self.batch, self._values[self.output].dtype, layouts)
 
     def reaches_end(self, layer: int) -> bool:
         """Whether the last recorded tensor depends on the layer of this bit."""
@@ -278,8 +332,55 @@ class Tape(TorchFunctionMode):
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         return any(self._resolve(t) is not None for t in tensors_of([*args, *kwargs.values()]))
 
-    def with_slots(self, tree: Any) -> Any:
-        """Arguments, those tensors that have slots, or a row a sample, replaced by their slots."""
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a module, its tensors of samples replaced by their slots."""
+
+        def place(tensor: Tensor) -> Layout | None:
+            return FIRST if tensor.dim() > 1 and tensor.shape[0] == self.batch else None
+
+        with self.paused():
+            return self._with_slots(args, place), self._with_slots(kwargs, place)
+
+    def _slotted(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call, its tensors of samples replaced by their slots."""
+        tensors = tensors_of([*args, *kwargs.values()])
+        near = [(found, t) for t in tensors if not isinstance(found := self._place(t), (str, type(None)))]
+
+        def place(tensor: Tensor) -> Layout | None:
+            return beside(func, args, kwargs, tensor, near)
+
+        return self._with_slots(args, place), self._with_slots(kwargs, place)
+
+    def _place(self, tensor: Tensor) -> Layout | str | None:
+        slot = self._resolve(tensor)
+        return self._outside.get(tensor) if slot is None else self.layouts[slot]
+
+    def _follow_outside(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        """Note where the samples lie in what is made of tensors that no layer has made."""
+        values: list[Tensor] = []
+        layouts: list[Layout | str] = []
+
+        def slotted(tree: Any) -> Any:
+            if isinstance(tree, Tensor):
+                layout = self._outside.get(tree)
+                if layout is None:
+                    return tree
+                values.append(tree)
+                layouts.append(layout)
+                return Slot(len(values) - 1)
+            if isinstance(tree, dict):
+                return {k: slotted(v) for k, v in tree.items()}
+            return type(tree)(map(slotted, tree)) if type(tree) in (tuple, list) else tree
+
+        slots = slotted(tuple(args)), slotted(kwargs)
+        if not values or not (made := tensors_of(result)) or all(t in self._outside for t in made):
+            return
+        inputs, outputs = slots_in(slots), [Slot(len(values) + k) for k in range(len(made))]
+        for each, layout in zip(made, laid(Call(func, *slots, inputs, outputs, [*values, *made]), layouts)):
+            if not isinstance(layout, str):
+                self._outside[each] = layout
+
+    def _with_slots(self, tree: Any, place: Callable[[Tensor], Layout | None]) -> Any:
         if isinstance(tree, Tensor):
             if id(tree) in self._stale:
                 raise ControlError(
@@ -290,30 +391,27 @@ class Tape(TorchFunctionMode):
             slot = self._resolve(tree)
             if slot is None:
                 refuse_unseen(tree)
-                slot = self._new(tree, 0) if self._is_of_samples(tree) else None
+                if not isinstance(tree, nn.Parameter) and id(tree) not in self._fixed:
+                    layout = self._outside.get(tree) or place(tree)
+                    slot = None if layout is None else self._new(tree, 0, layout)
             return tree if slot is None else slot
         if isinstance(tree, dict):
-            return {k: self.with_slots(v) for k, v in tree.items()}
+            return {k: self._with_slots(v, place) for k, v in tree.items()}
         if type(tree) in (tuple, list):
-            return type(tree)(self.with_slots(v) for v in tree)
+            return type(tree)(self._with_slots(v, place) for v in tree)
         return tree
 
-    def _is_of_samples(self, tensor: Tensor) -> bool:
-        """Whether a tensor from outside has a row a sample; that it was right to think so is checked afterwards."""
-        batch = self._values[0].shape[0]
-        fixed = isinstance(tensor, nn.Parameter) or id(tensor) in self._fixed
-        return not fixed and tensor.dim() > 1 and tensor.shape[0] == batch
-
-    def _new(self, tensor: Tensor, passed: int) -> Slot:
-        slot = self._nameless(tensor, passed)
+    def _new(self, tensor: Tensor, passed: int, layout: Layout | str = "") -> Slot:
+        slot = self._nameless(tensor, passed, layout)
         self._slot[id(tensor)] = slot
         return slot
 
-    def _nameless(self, tensor: Tensor, passed: int) -> Slot:
+    def _nameless(self, tensor: Tensor, passed: int, layout: Layout | str = "") -> Slot:
         slot = Slot(len(self._values))
         self._alive.append(tensor)
         self._values.append(tensor.detach())
         self._passed.append(passed)
+        self.layouts.append(layout)
         return slot
 
     def _keep(self, tensor: Tensor) -> None:
@@ -339,4 +437,17 @@ class Tape(TorchFunctionMode):
                 "requires_grad_(False)."
             )
         outputs = [self._new(t, passed) for t in made]
-        self.operations.append(operation(Call(func, args, kwargs, inputs, outputs, self._values)))
+        call = Call(func, args, kwargs, inputs, outputs, self._values)
+        for slot, layout in zip(outputs, laid(call, self.layouts)):
+            self.layouts[slot] = layout
+        self.operations.append(operation(call))
+
+
+def entangled(name: str, cause: str) -> ControlError:
+    """What to say of an operation in which samples do not keep apart."""
+    return ControlError(
+        f"The operation {name} gives a sample another value without the other samples: {cause}. Feedback control "
+        "settles each sample by itself; of what mixes samples only batch normalisation can be held. Let the network be "
+        "given the samples in the first dimension, write shapes with -1 or x.shape[0] for the batch, or freeze the "
+        "layers before it with requires_grad_(False)."
+    )

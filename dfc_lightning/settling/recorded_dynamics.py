@@ -47,16 +47,14 @@ class RecordedDynamics(ControlledDynamics):
         self._arriving = arriving
         if not delayed:
             self.basal = arriving
-        output = self._moved[self.forward.record.output]
-        assert output is not None
-        self.rates = [output]
+        self.rates = [self.response().output]
 
     def response(self) -> RecordedDeviation:
         late = [now - used for now, used in zip(self._arriving, self.basal)] if self.step.delayed else None
-        return RecordedDeviation(self.driven, self._moved, self.forward.record, late)
+        return RecordedDeviation(self.driven, self._moved, self.forward.record, self.forward.frame.layouts, late)
 
     def trail(self, driven: bool = True) -> RecordedDeviation:
-        return RecordedDeviation(self.driven, self._moved, self.forward.record)
+        return RecordedDeviation(self.driven, self._moved, self.forward.record, self.forward.frame.layouts)
 
 
 @dynamics_of.register

@@ -44,13 +44,6 @@ class Around(nn.Module):
         return self.rest(self.a(x))
 
 
-class Times(nn.Module):
-    """By which a normalisation does not belong to the layer before."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return 1.5 * h
-
-
 def chunks(h: Tensor) -> Tensor:
     one, other, *_ = h.chunk(3, dim=1)
     return one * other
@@ -90,13 +83,13 @@ OPERATIONS: dict[str, tuple[int, Callable[[], Callable[[Tensor], Tensor]]]] = {
     "batch norm of units": (0, lambda: nn.BatchNorm1d(12)),
     "batch norm of maps": (2, lambda: nn.BatchNorm2d(4)),
     "batch norm of volumes": (3, lambda: nn.BatchNorm3d(4)),
-    "batch norm, not affine": (2, lambda: nn.Sequential(Times(), nn.BatchNorm2d(4, affine=False))),
+    "batch norm, not affine": (2, lambda: nn.BatchNorm2d(4, affine=False)),
     "batch norm without statistics": (2, lambda: nn.BatchNorm2d(4, track_running_stats=False)),
     "batch norm in evaluation": (2, lambda: nn.BatchNorm2d(4).eval()),
-    "batch norm in evaluation, not affine": (2, lambda: nn.Sequential(Times(), nn.BatchNorm2d(4, affine=False).eval())),
+    "batch norm in evaluation, not affine": (2, lambda: nn.BatchNorm2d(4, affine=False).eval()),
     "group norm": (2, lambda: nn.GroupNorm(2, 4)),
-    "group norm, not affine": (2, lambda: nn.Sequential(Times(), nn.GroupNorm(2, 4, affine=False))),
-    "instance norm": (2, lambda: nn.Sequential(Times(), nn.InstanceNorm2d(4))),
+    "group norm, not affine": (2, lambda: nn.GroupNorm(2, 4, affine=False)),
+    "instance norm": (2, lambda: nn.InstanceNorm2d(4)),
     "layer norm": (0, lambda: nn.LayerNorm(12)),
     "layer norm of maps": (2, lambda: nn.LayerNorm([4, 6, 6])),
     "rms norm": (0, lambda: nn.RMSNorm(12)),

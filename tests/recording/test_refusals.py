@@ -178,13 +178,21 @@ WHEN_RUN = {
         True,
     ),
     "order of samples": Case(lambda: via(lambda h: h.flip(0)), r"operation flip .*Freeze"),
-    "a batch size in a shape": Case(
-        lambda: Maps(
-            lambda m, x: m.fc(F.relu(m.c(x)).permute(1, 0, 2, 3).reshape(2, 4, 36).permute(1, 0, 2).reshape(4, 72))
-        ),
-        "gives a sample another value without the other samples.*Write shapes with -1",
+    "samples cut apart": Case(
+        lambda: Maps(lambda m, x: m.fc(F.relu(m.c(x)).permute(1, 0, 2, 3).reshape(4, 72))),
+        "reshape gives a sample another value without the other samples.*cuts samples.*Write shapes with -1",
         True,
     ),
+    "a batch size in a call": Case(
+        lambda: via(lambda h: h + torch.roll(h.repeat(2, 1), 1, 1).split(8)[0]), "operation repeat .*Write shapes"
+    ),
+    "sums over the batch": Case(lambda: via(lambda h: h @ (h.T @ h)), "operation matmul .*sums over dimension 1"),
+    "samples for channels": Case(
+        lambda: Maps(lambda m, x: m.fc(F.conv2d(m.c(x).transpose(0, 1), torch.ones(2, 4, 1, 1)).flatten(1))),
+        "operation conv2d .*for channels",
+        True,
+    ),
+    "one sample for all": Case(lambda: via(lambda h: h + h[0]), "operation __getitem__ .*apart"),
     "noisy voltages": Case(lambda: via(lambda h: h.bernoulli()), r"random numbers in bernoulli.*nn\.Dropout"),
     "random leak": Case(lambda: sequential(nn.RReLU()), r"random numbers in rrelu.*nn\.Dropout"),
     "random slopes of maps": Case(
