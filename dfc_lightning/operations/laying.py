@@ -140,10 +140,10 @@ def _viewed(call: Call, known: Known) -> list[Layout]:
 
 @rule(["__getitem__", "index_select", "repeat", "tile"])
 def _picked(call: Call, known: Known) -> list[Layout]:
-    if call.name == "__getitem__" and not tensors_of(call.args[1:]) and not _has_list(call.args[1]):
-        return _viewed(call, known) if len(call.inputs) == 1 else _kept(call, known)
     if not isinstance(call.args[0], Slot) and isinstance(call.args[1], Slot) and len(call.inputs) == 1:
         return [_of(call, known)[1]]  # rows of a table that no sample has made, as many as there are indices
+    if call.name == "__getitem__" and not tensors_of(call.args[1:]) and not _has_list(call.args[1]):
+        return _viewed(call, known) if len(call.inputs) == 1 else _kept(call, known)
     x, layout = _of(call, known)
     place = torch.arange(x.shape[layout.dim], device=x.device)
     (y,) = _run(call, place.view(-1, *[1] * (x.dim() - layout.dim - 1)).expand(x.shape))
