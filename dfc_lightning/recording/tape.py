@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
@@ -21,6 +20,7 @@ from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import DROPOUT, Call, dropped, operation, refuse_unrepeatable
 from dfc_lightning.operations.surrogate import surrogate
 from dfc_lightning.recording.beside import refuse_unseen
+from dfc_lightning.recording.outside import Outside
 from dfc_lightning.recording.own_backward import FunctionCall
 
 AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
@@ -73,7 +73,7 @@ class Tape(TorchFunctionMode):
         """Where the samples lie in the tensor of each slot; or why nowhere."""
         self.batch = 0
         """B, once known."""
-        self._outside = WeakIdKeyDictionary()  # tensors that no layer has made, and where the samples lie in them
+        self._outside = Outside()
         self._values: list[Tensor] = []
         self._passed: list[int] = []
         self._slot: dict[int, Slot] = {}
@@ -100,7 +100,7 @@ class Tape(TorchFunctionMode):
         if not (self._concerned(args[:1], {}) if name in _LIKE else self._concerned(args, kwargs)):
             result = func(*args, **kwargs)
             if len(self._outside):
-                self._follow_outside(func, args, kwargs, result)
+                self._outside.follow(func, args, kwargs, result)
             return result
         refuse_unrepeatable(func, args, kwargs)
         self._calling = name
@@ -213,7 +213,7 @@ class Tape(TorchFunctionMode):
             if slot is not None:
                 return slot
             refuse_unseen(tensor)
-            layout = self._outside.get(tensor)
+            layout = self._outside.layout(tensor)
             if layout is None and tensor.dim() and (not self._values or tensor.shape[0] == self.batch):
                 self.batch, layout = tensor.shape[0], FIRST
             shape = tuple(tensor.shape)
@@ -225,11 +225,7 @@ class Tape(TorchFunctionMode):
         if self.batch or self._paused or self.beside:
             return
         with self.paused():
-            given = [t for t in tensors_of(tree) if t.dim()]
-            self.batch = given[0].shape[0] if given else 0
-            for each in given:
-                if each.shape[0] == self.batch:
-                    self._outside[each] = FIRST
+            self.batch = self._outside.expect(tree)
 
     def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
         """Let ``arriving`` pass a control point.
@@ -353,32 +349,7 @@ class Tape(TorchFunctionMode):
 
     def _place(self, tensor: Tensor) -> Layout | str | None:
         slot = self._resolve(tensor)
-        return self._outside.get(tensor) if slot is None else self.layouts[slot]
-
-    def _follow_outside(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
-        """Note where the samples lie in what is made of tensors that no layer has made."""
-        values: list[Tensor] = []
-        layouts: list[Layout | str] = []
-
-        def slotted(tree: Any) -> Any:
-            if isinstance(tree, Tensor):
-                layout = self._outside.get(tree)
-                if layout is None:
-                    return tree
-                values.append(tree)
-                layouts.append(layout)
-                return Slot(len(values) - 1)
-            if isinstance(tree, dict):
-                return {k: slotted(v) for k, v in tree.items()}
-            return type(tree)(map(slotted, tree)) if type(tree) in (tuple, list) else tree
-
-        slots = slotted(tuple(args)), slotted(kwargs)
-        if not values or not (made := tensors_of(result)) or all(t in self._outside for t in made):
-            return
-        inputs, outputs = slots_in(slots), [Slot(len(values) + k) for k in range(len(made))]
-        for each, layout in zip(made, laid(Call(func, *slots, inputs, outputs, [*values, *made]), layouts)):
-            if not isinstance(layout, str):
-                self._outside[each] = layout
+        return self._outside.layout(tensor) if slot is None else self.layouts[slot]
 
     def _with_slots(self, tree: Any, place: Callable[[Tensor], Layout | None]) -> Any:
         if isinstance(tree, Tensor):
@@ -392,7 +363,7 @@ class Tape(TorchFunctionMode):
             if slot is None:
                 refuse_unseen(tree)
                 if not isinstance(tree, nn.Parameter) and id(tree) not in self._fixed:
-                    layout = self._outside.get(tree) or place(tree)
+                    layout = self._outside.layout(tree) or place(tree)
                     slot = None if layout is None else self._new(tree, 0, layout)
             return tree if slot is None else slot
         if isinstance(tree, dict):
