@@ -104,9 +104,10 @@ class ResumableTraining(ControlledTraining):
 def _as_trainable(module: pl.LightningModule, state: Any) -> None:
     """Let those parameters learn that did when a checkpoint was saved: a callback may have unfrozen some by then."""
     names = state.get("trainable") if isinstance(state, Mapping) else None
-    if names is None:
+    parameters = dict(module.named_parameters())
+    if names is None or not parameters.keys() >= set(names):  # of another network, as will be said
         return
-    changed = [(n, p) for n, p in module.named_parameters() if p.requires_grad != (n in names)]
+    changed = [(n, p) for n, p in parameters.items() if p.requires_grad != (n in names)]
     for _, parameter in changed:
         parameter.requires_grad_(not parameter.requires_grad)
     if changed:

@@ -113,10 +113,10 @@ def test_torchvisions_resnet_is_trained_untouched():
     module.net = resnet18(num_classes=10)
     learning = FeedbackLearning(initial_passes=0, passes_per_epoch=0, every_n_batches=3)
     s = DFCStrategy(feedback=learning, seed=1)
-    data = TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6))
+    data = TensorDataset(torch.randn(24, 3, 32, 32), torch.arange(24) % 10)
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     trainer = quiet(s, max_epochs=1)
-    trainer.fit(module, loader(data, 2))
+    trainer.fit(module, loader(data, 8))
     assert trainer.global_step == 3 and s.learner.steps == 1 and len(s.network.points) == 21
     for name, parameter in module.net.named_parameters():
         assert parameter.isfinite().all() and not torch.equal(parameter, before[name]), name

@@ -24,7 +24,7 @@ def module_of(package: Any) -> Any:
     """A module whose base is of the package of this name."""
 
     class Model(package.LightningModule):
-        calls = Outside()
+        calls = Outside(int)
 
         def __init__(self) -> None:
             super().__init__()
