@@ -52,7 +52,15 @@ class FeedbackWeights:
     def _made(self, kind: Kind, forward: ForwardPass, points: Sequence[ControlPoint]) -> list[Tensor]:
         generator, output = torch.Generator().manual_seed(self.seed), forward.output
         if isinstance(kind, Direct):
-            return [self.average(q) for q in initial_direct(self.init or kind.init, forward, generator)]
+            made = [self.average(q) for q in initial_direct(self.init or kind.init, forward, generator)]
+            for point, q in zip(points, made):
+                if not q.isfinite().all():
+                    raise ControlError(
+                        f"The initial feedback weights of {point.name!r} are not finite, as they come from weights or "
+                        "a first batch that are too large or not finite. Look at both, or give feedback weights of "
+                        "their own scale: feedback_init='xavier_normal'."
+                    )
+            return made
         return [
             output.new_empty(0) if p.weight is None else initial_layerwise(kind.init, p.weight.to(output), generator)
             for p in points

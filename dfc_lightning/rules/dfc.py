@@ -15,6 +15,7 @@ from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.settled import Settling, Simulation
 from dfc_lightning.settling.steady_state import SteadyState
 from dfc_lightning.settling.target import ClampedTarget, NudgedTarget
+from dfc_lightning.settling.time_step import TimeStep
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class DFC(LearningRule):
             self.integrate,
             f"{type(self.settling).__name__} has no time to average over; use settling=Euler(...)",
         )
+        if isinstance(self.settling, TimeStep):  # u_int ← (1 − α dt) u_int + …
+            dt, alpha = self.settling.dt, self.controller.alpha
+            remedy = f"the leak alone makes steps of dt={dt} unstable; give a leakage below {2 / dt:g}, or a lower dt"
+            require(alpha * dt < 2, "alpha", alpha, remedy)
 
     @property
     def target(self) -> NudgedTarget:

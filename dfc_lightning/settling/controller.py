@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ class PIController:
     """A leaky proportional-integral controller of the network's output.
 
     Args:
-        alpha: leakage of the integral part, α ≥ 0. The settled output misses its target by α̃ u.
-        k_p: proportional gain, k_p ≥ 0, in units of the integral gain.
+        alpha: leakage of the integral part, α ≥ 0 and finite. The settled output misses its target by α̃ u.
+        k_p: proportional gain, k_p ≥ 0 and finite, in units of the integral gain.
         leak: what leaks. ``"integral"``: τ_u du_int/dt = e − α u_int, as the paper's Eq. (4) has it.
             ``"control"``: τ_u du_int/dt = e − α u, as the authors' published code has it.
     """
@@ -24,8 +25,10 @@ class PIController:
     leak: Literal["integral", "control"] = "integral"
 
     def __post_init__(self) -> None:
-        require(self.alpha >= 0, "alpha", self.alpha, "give a leakage of zero or more, e.g. 1e-3")
-        require(self.k_p >= 0, "k_p", self.k_p, "give a proportional gain of zero or more, e.g. 2.0")
+        remedy = "give a finite leakage of zero or more, e.g. 1e-3"
+        require(0 <= self.alpha < math.inf, "alpha", self.alpha, remedy)
+        remedy = "give a finite proportional gain of zero or more, e.g. 2.0"
+        require(0 <= self.k_p < math.inf, "k_p", self.k_p, remedy)
         require(self.leak in ("integral", "control"), "leak", self.leak, 'choose "integral" or "control"')
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,7 +21,9 @@ class NudgedTarget:
     stepsize: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.stepsize > 0, "target_stepsize", self.stepsize, "give a step above zero, e.g. 0.1")
+        require(
+            0 < self.stepsize < math.inf, "target_stepsize", self.stepsize, "give a finite step above zero, e.g. 0.1"
+        )
 
     def offset(self, loss_grad: Tensor) -> Tensor:
         """Target minus feedforward output, δ_L = −λ ∂ℓ_b/∂r_L, shape (B, n_L).

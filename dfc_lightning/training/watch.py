@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +20,7 @@ WATCHES = ("warn", "stop", "off")
 EVERY = 20
 """Steps from one look of the host at the learning to the next."""
 
-LOOKS = {"loss": 2}
+LOOKS = {"loss": 2, "no number": 2}
 """Looks in a row that must agree before anything is said; of what is not named here 3."""
 
 UNSETTLED, FAR = 0.5, 0.25
@@ -78,7 +79,7 @@ class LearningWatch:
         with torch.no_grad():
             measured = {**_of_settling(lesson), **self._of_loss()}
             if len(feedback):
-                measured["feedback"] = torch.stack([q.detach().float().norm() for q in feedback]).norm()
+                measured["feedback"] = torch.stack([q.detach().double().norm() for q in feedback]).norm()
             if not measured:
                 return
             values = torch.stack([v.double() for v in measured.values()])
@@ -105,8 +106,9 @@ class LearningWatch:
             self._note("feedback", not growth <= FEEDBACK_GROWTH, growth)
         if "loss" in found:
             first, loss = self._first["loss"], found["loss"]
+            self._note("no number", not math.isfinite(loss), loss)
             unit = max(abs(first), abs(self._lowest)) if self._lowest < torch.inf else abs(first)
-            self._note("loss", not loss - min(self._lowest, loss) <= LOSS_GROWTH * unit, loss)
+            self._note("loss", loss - min(self._lowest, loss) > LOSS_GROWTH * unit, loss)
             self._lowest = min(self._lowest, loss)
 
     def _note(self, name: str, fails: bool, value: float) -> None:
@@ -166,6 +168,11 @@ _SENTENCES = {
     "feedback": (
         "The feedback weights have grown {:.3g}-fold since the run began: their learning has no hold. Give "
         "FeedbackLearning a smaller learning rate or a weight_decay, or a lower learning rate to the network. " + _WHERE
+    ),
+    "no number": (
+        "The loss is {}: a batch, the weights or the loss's own operations are not finite. Look at the data first; "
+        "Trainer(detect_anomaly=True) with rule=Backprop() names the operation. A step too long for the network does "
+        "this also: give a lower learning rate. " + _WHERE
     ),
     "loss": (
         "The loss rises: {:.3g} over the last steps, {lowest:.3g} at best. The rule's updates do not descend it here, "

@@ -168,3 +168,16 @@ def test_a_deep_net_without_shortcuts_settles_as_its_weights_move():
         loss.backward()
         optimizer.step()
         assert lesson.settled.converged.all() and lesson.settled.iterations <= 6
+
+
+@pytest.mark.parametrize("what", ["weights", "batch"])
+def test_initial_feedback_weights_that_are_not_finite(what):
+    module, x = Three(), torch.ones(4, 6)
+    if what == "weights":
+        nn.init.constant_(module.b.weight, 1e30)
+        nn.init.constant_(module.c.weight, 1e30)
+    else:
+        x[0] = torch.nan
+    init = "weight_product" if what == "weights" else "jacobian"
+    with pytest.raises(ControlError, match=r"initial feedback weights of 'a' are not finite.*'xavier_normal'"):
+        ControlledNetwork(module, feedback_init=init).observe(x)

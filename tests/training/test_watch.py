@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dfc_lightning import DFC, Backprop, ControlError, DFCStrategy, FeedbackLearning, MinimumNorm
+from dfc_lightning import DFC, Backprop, ControlError, DFCStrategy, FeedbackLearning, MinimumNorm, PIController
+from dfc_lightning.settling import Euler
 from dfc_lightning.training.watch import EVERY, LearningWatch
 
 SAID = "said once a run"
@@ -73,10 +74,13 @@ def test_what_is_only_unlovely_is_not_spoken_of(told, losses, feedback):
         watch.step(lesson(**told), torch.tensor(losses(k)), [torch.tensor([feedback(k)])])
 
 
-@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 50.0])
-def test_a_loss_that_rises_or_is_no_number_is_named(worst):
+@pytest.mark.parametrize(
+    ("worst", "said"),
+    [(float("nan"), "loss is nan.*the data first"), (float("inf"), "loss is inf"), (50.0, "The loss rises: 50")],
+)
+def test_a_loss_that_rises_or_is_no_number_is_named(worst, said):
     watch = LearningWatch(stop=True, reduce=lambda t: t)
-    with pytest.raises(ControlError, match="The loss rises"):
+    with pytest.raises(ControlError, match=said):
         for k in range(10 * EVERY):
             watch.step(lesson(), torch.tensor(1.0 if k < 3 * EVERY else worst), [])
 
@@ -146,3 +150,8 @@ def test_feedback_against_the_network_is_spoken_of_or_stops_the_fit():
 def test_an_unknown_watch_is_refused():
     with pytest.raises(ValueError, match="watch='loud'.*warn"):
         DFCStrategy(watch="loud")
+
+
+def test_a_gain_that_no_time_step_can_follow_is_spoken_of():
+    rule = DFC(settling=Euler(steps=30), controller=PIController(k_p=1e9))
+    assert any("100% of the samples diverge" in said for said in fit(Fitted(), rule=rule))
