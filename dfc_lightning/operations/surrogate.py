@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.operations.alike import alike
 from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.nonlinearity import Elementwise
 from dfc_lightning.operations.operation import Deviations, Frame, Operation, constant
@@ -123,7 +124,7 @@ def surrogate(name: str, parts: Sequence[Any], values: Sequence[Tensor]) -> Oper
 def _check_repeats(call: Surrogate, frame: Frame) -> None:
     with torch.no_grad():
         again = call.values(frame)
-    if not _alike([t.double() for t in again], [frame[s].double() for s in call.outputs]):
+    if not _all_alike([t.double() for t in again], [frame[s].double() for s in call.outputs]):
         raise ControlError(
             f"The function {call.name} gives another result when it is called again, as if it drew random numbers, "
             "which cannot be drawn alike while the network settles. Use nn.Dropout, whose masks are kept, or draw "
@@ -143,10 +144,10 @@ def _examined(call: Surrogate, frame: Frame) -> Operation:
 
     errors = drawn(call.outputs)
     back = call.pulled(frame, errors)
-    if not _alike(call.pulled(frame, scaled(errors, _LARGE)), scaled(back, _LARGE)):
+    if not _all_alike(call.pulled(frame, scaled(errors, _LARGE)), scaled(back, _LARGE)):
         raise _unfit(call.name, "it is not linear in the gradient that it is given")
     one = len(call.inputs) == len(call.outputs) == 1 and frame[call.inputs[0]].shape == frame[call.outputs[0]].shape
-    if one and errors[0] is not None and _alike(back, [call.slope(frame) * errors[0]]):
+    if one and errors[0] is not None and _all_alike(back, [call.slope(frame) * errors[0]]):
         call.elementwise = True
         return SurrogateRate(call) if call.slope(frame).min() >= 0 else call
     half = [None if e is None else torch.cat([e[: len(e) // 2], torch.zeros_like(e[len(e) // 2 :])]) for e in errors]
@@ -171,16 +172,11 @@ def _frame(call: Operation, values: Sequence[Tensor]) -> Frame:
     return Frame(own, values[call.inputs[0]].shape[0], dtype, [FIRST] * len(own))
 
 
-def _alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
+def _all_alike(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
     return all(
-        (a is None and b is None)
-        or (a is not None and b is not None and torch.allclose(a, b, 1e-4, 1e-5 * _largest(b), equal_nan=True))
+        (a is None and b is None) or (a is not None and b is not None and alike(a, b, 1e-4, 1e-5))
         for a, b in zip(found, expected)
     )
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.operations.alike import alike
 from dfc_lightning.operations.operation import Frame, constant
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import NamedSegment
@@ -26,7 +26,7 @@ def check_samples_are_independent(record: Record, frame: Frame) -> None:
         except (RuntimeError, ValueError, IndexError) as error:
             raise entangled(each.name, f"with some samples only it ends in {error}") from error
         for slot, value in zip(each.outputs, values):
-            if value.shape != some[slot].shape or not _alike(value, some[slot], rtol):
+            if value.shape != some[slot].shape or not alike(value, some[slot], rtol, rtol):
                 raise entangled(each.name, "made again with some samples only, it gave them other values")
 
 
@@ -40,17 +40,10 @@ def check_named_modules_repeat(record: Record, frame: Frame) -> None:
     for segment, passage in zip(record.segments, record.passages):
         if isinstance(segment, NamedSegment):
             parameters = [constant(p, frame.dtype) for p in segment.parameters]
-            if not _alike(segment.again(frame, frame[segment.heard], parameters), frame[passage.source], rtol):
+            if not alike(segment.again(frame, frame[segment.heard], parameters), frame[passage.source], rtol, rtol):
                 raise ControlError(
                     f"The module {type(segment.module).__name__} that is named in extra_points gives another result "
                     "when it is called again with the same input. Its update needs the same: keep what changes in "
                     "buffers, take random numbers other than those of nn.Dropout out, or freeze it with "
                     "requires_grad_(False)."
                 )
-
-
-def _alike(value: Tensor, seen: Tensor, rtol: float) -> bool:
-    if not seen.is_floating_point() or not seen.numel():
-        return torch.equal(value, seen)
-    largest = float(seen.nan_to_num(0.0, 0.0, 0.0).abs().max())  # a sample that is not finite is alike in that too
-    return torch.allclose(value, seen, rtol, rtol * largest, equal_nan=True)

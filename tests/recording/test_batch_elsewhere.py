@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -174,9 +174,10 @@ def data(case: Case, batch: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 4, 8, dtype=torch.float64), torch.arange(batch * case.labels) % 3
 
 
-def test_gradients_are_those_of_backprop(case):
+def check_gradients(case: Case, batches: Sequence[int]) -> None:
+    """Those of one network, for batches of these sizes, are backprop's."""
     net = controlled(case)
-    for batch in (6, 5, 4, 1 if case.run is not normalised else 3):  # 4: as many as steps
+    for batch in batches:
         x, y = data(case, batch)
         plain = copy.deepcopy(net.module)
         plain.zero_grad()
@@ -187,21 +188,14 @@ def test_gradients_are_those_of_backprop(case):
         loss.backward()
         for ours, theirs in zip(net.module.parameters(), plain.parameters()):
             assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
+
+
+def test_gradients_are_those_of_backprop(case):
+    check_gradients(case, (6, 5, 4, 1 if case.run is not normalised else 3))  # 4: as many as steps
 
 
 def test_the_first_batch_may_have_as_many_samples_as_steps(case):
-    net = controlled(case)
-    for batch in (4, 6):
-        x, y = data(case, batch)
-        plain = copy.deepcopy(net.module)
-        plain.zero_grad()
-        F.cross_entropy(plain(x), y).backward()
-        net.module.zero_grad()
-        with net.taught_by(Backprop()):
-            loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        for ours, theirs in zip(net.module.parameters(), plain.parameters()):
-            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
+    check_gradients(case, (4, 6))
 
 
 def test_it_settles(case):
