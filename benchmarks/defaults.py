@@ -1,9 +1,11 @@
-"""How well ``DFCStrategy()`` trains with no argument, beside backprop, fixed feedback and DFA: test error and seconds.
+"""How well ``DFCStrategy()`` trains with no argument, beside backprop and other rules, on the nets people have.
 
-    python benchmarks/defaults.py --epochs 5
+    python benchmarks/defaults.py --seeds 3
+    python benchmarks/defaults.py --tasks friedman1 moons --rules backprop default direct
 
-One network of the user's kind (784-256-256-10, Adam with its usual learning rate), tanh or ReLU, on MNIST and
-Fashion-MNIST.
+Every run trains one of the tasks of ``tasks.py`` through the Trainer by backprop's own optimizer and learning rate, and
+is a line of the JSON: test error in percent or test loss, seconds, and how large the update was by backprop's on one
+batch (smallest and largest of the epochs' ends). What is there already is not run again.
 """
 
 from __future__ import annotations
@@ -11,61 +13,130 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from tasks import TASKS, Module, Task
+from torch import Tensor
 
-from dfc_lightning import DFA, DFCStrategy, FeedbackLearning
-from dfc_lightning.data import MNIST, FashionMNIST
-from dfc_lightning.models import MLP, Classifier
+from dfc_lightning import DFA, DFC, Backprop, DFCStrategy, LearningRule, MinimumNorm
+from dfc_lightning.rules import FeedbackAlignment, KolenPollack, SignSymmetry
 
-STRATEGIES: dict[str, Callable[[], DFCStrategy | str]] = {
-    "backprop": lambda: "auto",
-    "DFCStrategy()": DFCStrategy,
-    "fixed feedback": lambda: DFCStrategy(feedback=FeedbackLearning(initial_passes=0, passes_per_epoch=0)),
-    "DFA": lambda: DFCStrategy(DFA()),
+RULES: dict[str, Callable[[], LearningRule | None]] = {
+    "default": lambda: None,
+    "direct": DFC,
+    "minimum norm": MinimumNorm,
+    "Kolen-Pollack": KolenPollack,
+    "sign symmetry": SignSymmetry,
+    "FA": FeedbackAlignment,
+    "DFA": DFA,
 }
+
+
+class Sizes(L.Callback):
+    """Measures ‖update‖ / ‖backprop‖ on one batch after every epoch."""
+
+    def __init__(self, strategy: DFCStrategy) -> None:
+        self.strategy, self.ratios = strategy, []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Both gradients on the first samples of the training data."""
+        assert isinstance(pl_module, Module) and self.strategy.network is not None
+        task = pl_module.task
+        pairs = task.data()[0]
+        x, y = pairs.inputs[: task.batch_size], pairs.targets[: task.batch_size]
+        norms = [self._norm(rule, task, x, y) for rule in (self.strategy.rule, Backprop())]
+        self.ratios.append(norms[0] / max(norms[1], 1e-30))
+
+    def _norm(self, rule: LearningRule, task: Task, x: Tensor, y: Tensor) -> float:
+        network = self.strategy.network
+        assert network is not None
+        forward = network.observe(x)
+        with torch.enable_grad():
+            output = forward.output.detach().requires_grad_()
+            (loss_grad,) = torch.autograd.grad(task.loss(output, y), output)
+        with torch.no_grad():
+            update = rule.teach(forward, loss_grad * len(x))
+        return float(torch.stack([t.square().sum() for each in update.gradients for t in each]).sum().sqrt())
+
+
+def train(task: Task, rule: str, seed: int) -> dict[str, Any]:
+    """One run's figures."""
+    L.seed_everything(seed, verbose=False)
+    module = Module(task)
+    strategy = "auto" if rule == "backprop" else DFCStrategy(RULES[rule](), watch="off")
+    sizes = [Sizes(strategy)] if isinstance(strategy, DFCStrategy) else []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=task.epochs,
+        strategy=strategy,
+        callbacks=list(sizes),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module)
+    seconds = time.perf_counter() - start
+    ratios = sizes[0].ratios if sizes else [1.0]
+    return {"figure": module.judged(), "seconds": seconds, "smallest": min(ratios), "largest": max(ratios)}
+
+
+def table(rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> str:
+    """Means over seeds, one line a task; with the ratio of updates where a rule is not backprop."""
+    lines = ["| task | " + " | ".join(rules) + " |", "|---" + "|--:" * len(rules) + "|"]
+    for name, task in TASKS.items():
+        cells = []
+        for rule in rules:
+            mine = [row for row in rows if row["task"] == name and row["rule"] == rule]
+            if not mine:
+                cells.append("–")
+                continue
+            figure = statistics.mean(row["figure"] for row in mine)
+            text = f"{figure:.2f} %" if task.error else f"{figure:.4f}"
+            if rule != "backprop":
+                low, high = min(row["smallest"] for row in mine), max(row["largest"] for row in mine)
+                text += f" ({low:.2g} to {high:.2g})"
+            cells.append(text)
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", default=5, type=int, help="epochs of each run (default: 5)")
-    parser.add_argument("--seed", default=0, type=int, help="seed of each run (default: 0)")
+    parser.add_argument("--tasks", nargs="+", default=[""], help="parts of the names of tasks (default: all)")
+    parser.add_argument("--rules", nargs="+", default=["backprop", "default"], choices=["backprop", *RULES])
+    parser.add_argument("--seeds", default=3, type=int, help="seeds of each run, from 1 on (default: 3)")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int, help="CPU threads of torch")
-    parser.add_argument("--out", default=Path("runs/benchmarks"), type=Path, help="folder for the JSON")
+    parser.add_argument("--out", default=Path("runs/benchmarks/defaults.jsonl"), type=Path, help="where the runs are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    rows = []
-    print("| data | nonlinearity | strategy | test error, % | s |\n|---|---|---|--:|--:|")
-    for dataset in (MNIST, FashionMNIST):
-        for nonlinearity in ("tanh", "relu"):
-            for name, strategy in STRATEGIES.items():
-                L.seed_everything(options.seed, verbose=False)
-                data = dataset(batch_size=128)
-                model = Classifier(MLP([784, 256, 256, 10], nonlinearity), partial(torch.optim.Adam, lr=1e-3))
-                trainer = L.Trainer(
-                    max_epochs=options.epochs,
-                    strategy=strategy(),
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                )
-                start = time.perf_counter()
-                trainer.fit(model, data)
-                seconds = time.perf_counter() - start
-                error = trainer.test(model, data, verbose=False)[0]["test/error"]
-                print(f"| {dataset.__name__} | {nonlinearity} | {name} | {error:.2f} | {seconds:.0f} |", flush=True)
-                rows.append([dataset.__name__, nonlinearity, name, error, seconds])
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "defaults.json").write_text(json.dumps({"epochs": options.epochs, "rows": rows}, indent=1))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(row["task"], row["rule"], row["seed"]) for row in rows}
+    for seed in range(1, options.seeds + 1):
+        for name, task in TASKS.items():
+            if not any(part.lower() in name.lower() for part in options.tasks):
+                continue
+            for rule in options.rules:
+                if (name, rule, seed) in done:
+                    continue
+                row = {"task": name, "rule": rule, "seed": seed, **train(task, rule, seed)}
+                rows.append(row)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{name} · {rule} · seed {seed}: {row['figure']:.4g}, {row['seconds']:.0f} s", flush=True)
+    print(table(rows, options.rules))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,33 @@ import dfc_lightning.interrupts  # before what takes long to import  # noqa: F40
 
 # isort: split
 from dfc_lightning.errors import ControlError
-from dfc_lightning.feedback_learning import Expected, FeedbackLearner, FeedbackLearning, Sampled
+from dfc_lightning.feedback_learning import (
+    Expected,
+    ExpectedMirror,
+    FeedbackLearner,
+    FeedbackLearning,
+    Sampled,
+    SampledMirror,
+    Tracking,
+)
 from dfc_lightning.network import ControlledNetwork
 from dfc_lightning.passes import Deviation, ForwardPass
-from dfc_lightning.rules import DFA, DFC, Backprop, Direct, Layerwise, LearningRule, MinimumNorm, Update
+from dfc_lightning.rules import (
+    DFA,
+    DFC,
+    Backprop,
+    Direct,
+    FeedbackAlignment,
+    ForwardGradient,
+    KolenPollack,
+    LayeredDFC,
+    Layerwise,
+    LearningRule,
+    MinimumNorm,
+    SignSymmetry,
+    Update,
+    WeightMirror,
+)
 from dfc_lightning.settling import ClampedTarget, NudgedTarget, PIController
 
 try:
@@ -34,14 +57,23 @@ __all__ = [
     "Deviation",
     "Direct",
     "Expected",
+    "ExpectedMirror",
+    "FeedbackAlignment",
     "FeedbackLearner",
     "FeedbackLearning",
+    "ForwardGradient",
     "ForwardPass",
+    "KolenPollack",
+    "LayeredDFC",
     "Layerwise",
     "LearningRule",
     "MinimumNorm",
     "NudgedTarget",
     "PIController",
     "Sampled",
+    "SampledMirror",
+    "SignSymmetry",
+    "Tracking",
     "Update",
+    "WeightMirror",
 ]

@@ -14,7 +14,7 @@ from dfc_lightning.callbacks.conditions import Conditions
 from dfc_lightning.callbacks.controlled_trainer import controlled
 from dfc_lightning.errors import ControlError, require
 from dfc_lightning.metrics import gauss_newton_update, update_angle
-from dfc_lightning.network.learning_rule import Direct, LearningRule, Update
+from dfc_lightning.network.learning_rule import LearningRule, Update
 from dfc_lightning.passes.dense import as_dense
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.recording.points import ControlPoint
@@ -49,9 +49,10 @@ class AlignmentMonitor(Callback):
     - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖.
 
     Of networks that are no chains of linear layers, the Gauss-Newton update, ``condition_1`` and ``stability`` are left
-    out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels. Of rules without
-    direct feedback weights Q, all that is said of Q is left out, DFC-SSA included; of those without a controller,
-    ``condition_3``, ``stability`` and ``control_ratio``.
+    out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels. Layered feedback
+    counts as the Q that it is to each sample. Of rules without feedback weights, all that is said of Q is left out,
+    DFC-SSA included; of those without a controller, ``condition_3``, ``stability`` and ``control_ratio``. Where α is
+    relative to the size of JQ, γ of the minimum-norm update is so too.
 
     Args:
         every_n_steps: number of optimizer steps from one look to the next.
@@ -132,7 +133,7 @@ class AlignmentMonitor(Callback):
                     dense = forward.outputs <= DENSE_UP_TO or self.with_conditions is True
                     self._conditions = Conditions(rule, forward, dense, self.damping, self.tau_ratio)
                     self._conditions.to(grad.device)
-                self._conditions.update(forward, lesson.settled)
+                self._conditions.update(forward, grad, lesson.settled)
 
     @override
     def on_before_optimizer_step(
@@ -162,9 +163,9 @@ class AlignmentMonitor(Callback):
                 f"tau_ratio={self.tau_ratio}: the matrix of network and controller",
                 "Leave tau_ratio=None; alignment/condition_3 tells whether a slow controller is stable.",
             )
-        if "ssa" in asked and not isinstance(rule.feedback, Direct):
+        if "ssa" in asked and rule.feedback is None:
             raise ControlError(
-                f"references={asked}: the update of DFC-SSA is made by direct feedback weights Q_i, of which "
+                f"references={asked}: the update of DFC-SSA is made by feedback weights, of which "
                 f"{type(rule).__name__} has none. Choose of {tuple(name for name in REFERENCES if name != 'ssa')}, or "
                 "train with a rule that has them, such as DFC()."
             )
@@ -172,7 +173,7 @@ class AlignmentMonitor(Callback):
     def _possible(self, forward: ForwardPass, rule: LearningRule) -> list[str]:
         """The references that this network and this rule have, and that are cheap."""
         left_out = set() if forward.dense else {"gauss_newton"}
-        if not isinstance(rule.feedback, Direct):
+        if rule.feedback is None:
             left_out.add("ssa")
         names = REFERENCES if forward.outputs <= DENSE_UP_TO else CHEAP
         return [name for name in names if name not in left_out]
@@ -186,9 +187,10 @@ class AlignmentMonitor(Callback):
         control = rule.control
         stepsize, plasticity = control.target.stepsize, control.plasticity
         if name == "minimum_norm":
-            return MinimumNorm(self.damping, stepsize, plasticity).teach
-        controller = control.controller or PIController()
-        return DFC(Linearized(), controller, target_stepsize=stepsize, plasticity=plasticity).teach
+            return MinimumNorm(self.damping, stepsize, plasticity, relative=control.relative).teach
+        controller, relative = control.controller or PIController(), control.relative
+        kept: dict[str, Any] = dict(target_stepsize=stepsize, plasticity=plasticity, relative=relative)
+        return DFC(Linearized(), controller, **kept).teach
 
 
 def _by_layer(points: Sequence[ControlPoint], update: Update) -> list[Tensor]:

@@ -15,7 +15,7 @@ from dfc_lightning.metrics import (
     control_matrix,
     instantaneous_matrix,
 )
-from dfc_lightning.network.learning_rule import Direct, LearningRule
+from dfc_lightning.network.learning_rule import LearningRule
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.settled import Settled
 
@@ -27,7 +27,7 @@ class Conditions:
     norm of what a layer hears does not weigh its units.
 
     Args:
-        rule: the rule; one without direct feedback weights or a controller leaves out what is said of these.
+        rule: the rule; one without feedback weights or a controller leaves out what is said of these.
         forward: a pass of the network.
         dense: whether to measure those that form n_L × n_L matrices of each sample.
         damping: γ of the pseudoinverse that the feedback weights are compared with.
@@ -42,11 +42,11 @@ class Conditions:
         damping: float = 0.1,
         tau_ratio: float | None = None,
     ) -> None:
-        direct = isinstance(rule.feedback, Direct)
-        self.controller = rule.control.controller if direct else None
+        self.control = rule.control
+        self.controller = None if rule.feedback is None else self.control.controller
         self.tau_ratio = tau_ratio
         self.metrics: dict[str, Metric] = {"condition_1": ConditionOne()} if forward.dense else {}
-        if dense and direct:
+        if dense and rule.feedback is not None:
             self.metrics["condition_2"] = ConditionTwo()
             self.metrics["feedback_to_transpose"] = FeedbackAngle("transpose")
             self.metrics["feedback_to_pseudoinverse"] = FeedbackAngle("pseudoinverse", damping)
@@ -62,18 +62,25 @@ class Conditions:
         for metric in self.metrics.values():
             metric.to(device)
 
-    def update(self, forward: ForwardPass, settled: Settled | None) -> None:
+    def update(self, forward: ForwardPass, loss_grad: Tensor, settled: Settled | None) -> None:
         """Count a batch in.
 
         Args:
             forward: the pass.
+            loss_grad: ∂ℓ_b/∂r_L, (B, n_L).
             settled: the controlled network, where the rule has one.
         """
         metrics = self.metrics
+        if self.control.relative:
+            forward = forward.in_unit(self.control.target.offset(loss_grad))
         if "condition_1" in metrics:
             metrics["condition_1"].update(forward.presynaptic)
         if "condition_2" in metrics:
-            jacobian, feedback = torch.cat(forward.jacobians(), dim=2), forward.stacked_feedback
+            jacobian = torch.cat(forward.jacobians(), dim=2)
+            if forward.layered or forward.unit is not None:
+                feedback = torch.cat(forward.feedback_rows(), dim=2).mT
+            else:
+                feedback = forward.stacked_feedback
             for name in ("condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse"):
                 metrics[name].update(feedback, jacobian)
             if self.controller is not None:

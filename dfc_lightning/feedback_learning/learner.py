@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,15 +13,17 @@ from torch import Tensor
 from dfc_lightning.errors import require
 from dfc_lightning.feedback_learning.expected import Expected
 from dfc_lightning.feedback_learning.method import FeedbackMethod, Noise
+from dfc_lightning.feedback_learning.mirror import ExpectedMirror
 from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.forward_pass import ForwardPass
 
 
 @dataclass(frozen=True)
 class FeedbackLearning:
-    """When and how the feedback weights Q_i learn.
+    """When and how the feedback weights Q_i or B_i learn.
 
-    They have an Adam of their own with L2 decay, one for the initial passes and a fresh one after these.
+    They have an optimizer of their own with L2 decay, one for the initial passes and a fresh one after these.
 
     Args:
         method: how the gradient is had.
@@ -32,9 +34,10 @@ class FeedbackLearning:
         every_nth_sample: learn from every n-th sample of a batch only; the gradient varies little over samples.
         initial_lr: learning rate in the initial passes; None for ``lr``.
         lr: learning rate after them.
+        optimizer: ``"adam"`` or plain ``"sgd"``.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
-        weight_decay: L2 decay, as Adam has it.
+        weight_decay: L2 decay, added to the gradient.
         clip_norm: bound on the joint norm of all feedback gradients; None for none.
         train_output: let the feedback weights of the points that are the output learn too; else they stay as they
             are, Q_L the identity.
@@ -48,6 +51,7 @@ class FeedbackLearning:
     every_nth_sample: int = 1
     initial_lr: float | None = None
     lr: float = 3e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -60,6 +64,7 @@ class FeedbackLearning:
         most = self.max_batches
         require(most is None or most >= 1, "max_batches", most, "give one or more, or None for no bound")
         require(self.every_nth_sample >= 1, "every_nth_sample", self.every_nth_sample, "take every sample, 1, or fewer")
+        require(self.optimizer in ("adam", "sgd"), "optimizer", self.optimizer, 'choose "adam" or "sgd"')
         require(self.lr > 0, "lr", self.lr, "give a learning rate above zero")
         require(
             self.initial_lr is None or self.initial_lr > 0,
@@ -80,6 +85,19 @@ EVERY_BATCH = FeedbackLearning(Expected(gated=True), passes_per_epoch=0, every_n
 """One pass over the data to begin with, then a step on an eighth of the samples after every training step.
 
 It follows the forward weights more closely than a pass every epoch, at less cost: what the strategies do by default."""
+
+
+MIRRORED = FeedbackLearning(
+    ExpectedMirror(),
+    passes_per_epoch=0,
+    max_batches=100,
+    lr=0.1,
+    optimizer="sgd",
+    weight_decay=0.0,
+    clip_norm=None,
+)
+"""A mirror phase to begin with, after which layerwise feedback weights track what the optimizer does: for B_i the
+default."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +130,7 @@ class FeedbackLearner:
     ) -> None:
         self.network, self.learning, self.seed, self.ranks = network, learning, seed, ranks or Ranks()
         self.steps = 0
-        self._optimizer: torch.optim.Adam | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         self._initial = False
 
     def step(self, forward: ForwardPass, initial: bool = False) -> dict[str, Tensor]:
@@ -175,11 +193,12 @@ class FeedbackLearner:
             optimizer = self._optimizer_for(state["initial"])
             optimizer.load_state_dict(state["optimizer"])
             for q, moments in optimizer.state.items():
-                if moments["exp_avg"].shape != q.shape or moments["exp_avg_sq"].shape != q.shape:
-                    shapes = tuple(moments["exp_avg"].shape), tuple(q.shape)
-                    raise ValueError(
-                        "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
-                    )
+                for moment in (moments[name] for name in ("exp_avg", "exp_avg_sq") if name in moments):
+                    if moment.shape != q.shape:
+                        shapes = tuple(moment.shape), tuple(q.shape)
+                        raise ValueError(
+                            "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
+                        )
 
     def _gradients(self, forward: ForwardPass) -> tuple[list[Tensor], list[Tensor] | None]:
         """This process's gradients and, of a gated method, the shares of the samples that they are sums over."""
@@ -198,16 +217,9 @@ class FeedbackLearner:
 
     def _noise(self, output: Tensor) -> Noise:
         """Draws for the samples of ``output``, (B, n_L), out of those for the joint batch."""
-        ranks = self.ranks
-        generator = torch.Generator(output.device).manual_seed(_mixed(self.seed, self.steps))
-
-        def noise(shape: tuple[int, int]) -> Tensor:
-            joint = (shape[0] * ranks.world_size, *shape[1:])
-            # In float32 they cost a sixth on a CPU, and noise needs no more digits.
-            draws = torch.randn(joint, generator=generator, device=output.device, dtype=torch.float32)
-            return draws[ranks.rank :: ranks.world_size].to(output.dtype)
-
-        return noise
+        chance = Chance(self.seed, self.steps, self.ranks.rank, self.ranks.world_size, output.device)
+        # In float32 they cost a sixth on a CPU, and noise needs no more digits.
+        return lambda shape: chance.of_samples(shape).to(output.dtype)
 
     def _averaged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means over the processes, by one reduction."""
@@ -220,20 +232,18 @@ class FeedbackLearner:
         fixed: Sequence[int] = () if self.learning.train_output else self.network.outputs_at
         return [q for i, q in enumerate(self.network.feedback) if i not in fixed]
 
-    def _optimizer_for(self, initial: bool) -> torch.optim.Adam:
+    def _optimizer_for(self, initial: bool) -> torch.optim.Optimizer:
         learned, before = self._learned(), self._optimizer
         had = [] if before is None else before.param_groups[0]["params"]
         if before is None or self._initial != initial or list(map(id, had)) != list(map(id, learned)):
             settings = self.learning
             lr = settings.initial_lr if initial and settings.initial_lr is not None else settings.lr
-            self._optimizer = torch.optim.Adam(learned, lr, settings.betas, settings.eps, settings.weight_decay)
+            if settings.optimizer == "sgd":
+                self._optimizer = torch.optim.SGD(learned, lr, weight_decay=settings.weight_decay)
+            else:
+                self._optimizer = torch.optim.Adam(learned, lr, settings.betas, settings.eps, settings.weight_decay)
             if before is not None and self._initial == initial:  # other layers learn now: the rest go on as they were
-                self._optimizer.state.update({q: before.state[q] for q in learned if q in before.state})
+                self._optimizer.state.update({q: before.state[q] for q in learned if before.state.get(q)})
             self._initial = initial
             return self._optimizer
         return before
-
-
-def _mixed(seed: int, step: int) -> int:
-    """A seed for each step: neighbouring seeds and steps must not share noise."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63

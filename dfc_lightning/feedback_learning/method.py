@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -17,15 +17,18 @@ Noise: TypeAlias = Callable[[tuple[int, int]], Tensor]
 class FeedbackMethod(ABC):
     """How the gradient of the feedback weights is had."""
 
+    layered: ClassVar[bool] = False
+    """Whether it is for layerwise feedback weights B_i, not for direct ones, Q_i."""
+
     gated: bool = False
     """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
 
     @abstractmethod
     def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
-        """The gradient for Q_i of each point, (n_i, n_L), to be descended.
+        """The gradient for Q_i of each point, (n_i, n_L), or for B_i in the shape of W_i, to be descended.
 
         Args:
-            forward: the feedforward pass, bound to the feedback weights Q_i.
+            forward: the feedforward pass, bound to the feedback weights.
             noise: source of standard normal draws.
         """
 

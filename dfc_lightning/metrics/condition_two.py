@@ -14,7 +14,8 @@ def condition_two(feedback: Tensor, jacobian: Tensor) -> Tensor:
     One where the columns of Q span the rows of J, and DFC's update is the minimum-norm one (Theorem 3).
 
     Args:
-        feedback: all Q_i one above the other, (Σ n_i, n_L).
+        feedback: all Q_i one above the other, (Σ n_i, n_L); of layered feedback those of each sample,
+            (B, Σ n_i, n_L).
         jacobian: J = ∂r_L/∂[v_1 … v_L] of each sample, (B, n_L, Σ n_i), of full row rank.
 
     Example:
@@ -45,7 +46,7 @@ class ConditionTwo(SampleMean):
     plot_upper_bound = 1.0
 
     def update(self, feedback: Tensor, jacobian: Tensor) -> None:
-        """Count a batch in: the stacked feedback weights, (Σ n_i, n_L), and J, (B, n_L, Σ n_i)."""
+        """Count a batch in: the stacked feedback weights, (Σ n_i, n_L) or (B, …), and J, (B, n_L, Σ n_i)."""
         self.add(_ratio(feedback, jacobian))
 
 

@@ -22,7 +22,8 @@ def feedback_angle(
     Feedback learning aligns Q with the latter (Meulemans et al. 2021, Theorem 6).
 
     Args:
-        feedback: all Q_i one above the other, (Σ n_i, n_L).
+        feedback: all Q_i one above the other, (Σ n_i, n_L); of layered feedback those of each sample,
+            (B, Σ n_i, n_L).
         jacobian: J = ∂r_L/∂[v_1 … v_L] of each sample, (B, n_L, Σ n_i).
         target: ``"transpose"`` or ``"pseudoinverse"``.
         damping: γ ≥ 0 of the pseudoinverse. With 0 the Jacobian must have full row rank.
@@ -69,7 +70,7 @@ class FeedbackAngle(SampleMean):
         self.target, self.damping = target, damping
 
     def update(self, feedback: Tensor, jacobian: Tensor) -> None:
-        """Count a batch in: the stacked feedback weights, (Σ n_i, n_L), and J, (B, n_L, Σ n_i)."""
+        """Count a batch in: the stacked feedback weights, (Σ n_i, n_L) or (B, …), and J, (B, n_L, Σ n_i)."""
         self.add(_angles(feedback, jacobian, self.target, self.damping))
 
 
@@ -90,5 +91,5 @@ def _angles(feedback: Tensor, jacobian: Tensor, target: FeedbackTarget, damping:
         inverse = torch.cholesky_inverse(factor)
         inner = (inverse * gain.mT).sum((1, 2))
         size = ((inverse @ gram) * inverse).sum((1, 2))
-    cosine = inner / (size * feedback.double().square().sum()).sqrt()
+    cosine = inner / (size * feedback.double().square().sum((-2, -1))).sqrt()
     return torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0)))

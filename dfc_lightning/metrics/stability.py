@@ -25,7 +25,8 @@ def instantaneous_matrix(feedback: Tensor, jacobian: Tensor, alpha: float) -> Te
     """−(JQ + αI), (B, n_L, n_L): how u moves where the network follows at once (Condition 3, Meulemans et al. 2021).
 
     Args:
-        feedback: all Q_i one above the other, (Σ n_i, n_L).
+        feedback: all Q_i one above the other, (Σ n_i, n_L); of layered feedback those of each sample,
+            (B, Σ n_i, n_L).
         jacobian: J of each sample, (B, n_L, Σ n_i).
         alpha: leakage of the controller; of a proportional-integral one, α̃ (``controller.steady_leakage``).
     """

@@ -16,6 +16,7 @@ from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.network.learning_rule import Direct, Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback, port_layout, ports_of
 from dfc_lightning.network.unseen import unseen
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.dense import DensePass, Layers
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.recorded import RecordedPass
@@ -81,6 +82,10 @@ class ControlledNetwork:
         self.conv_feedback, self.general = conv_feedback, general
         self.weights = FeedbackWeights(feedback_init, torch.initial_seed() if seed is None else seed)
         self.points: list[ControlPoint] = find_points(module, *self._scope)
+        self.lessons = 0
+        """Forward passes taught so far: with the seed, what a rule's random draws follow from."""
+        self.ranks = 0, 1
+        """This process's number, and how many there are, for draws of samples."""
         self.structure: Structure | None = None
         """What the forward passes have shown; None before the first."""
         self._layers = list(self.points)
@@ -180,6 +185,8 @@ class ControlledNetwork:
         def open_lesson(forward: ForwardPass, output: Tensor) -> Tensor:
             if rule.feedback is not None:
                 forward = self.bound(forward, rule.feedback)
+            chance = Chance(self.seed, self.lessons, *self.ranks, forward.output.device)
+            forward, self.lessons = forward.with_chance(chance), self.lessons + 1
             return lesson.open(forward, self.points, output)
 
         with self.watched(open_lesson):

@@ -30,6 +30,8 @@ class FeedbackWeights:
         self.values: list[nn.Parameter] = []
         self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
         """The mean of a tensor over processes, for feedback weights that start from activity."""
+        self.carrying: Sequence[bool] = ()
+        """Through which of the points errors travel back to others: where B_i has a use."""
         self._set_aside: dict[str, nn.Parameter] = {}
 
     def bind(self, forward: ForwardPass, points: Sequence[ControlPoint], kind: Kind | None) -> ForwardPass:
@@ -44,10 +46,12 @@ class FeedbackWeights:
                 had if (had := before.get(p.name)) is not None and had.shape == q.shape else nn.Parameter(q)
                 for p, q in zip(points, made)
             ]
+        if len(self.carrying) != len(self.values):
+            self.carrying = forward.hears
         for q in self.values:  # the module may have moved since
             if q.device != output.device or q.dtype != output.dtype:
                 q.data = q.data.to(output)
-        return forward.with_feedback([q.detach() for q in self.values])
+        return forward.with_feedback([q.detach() for q in self.values], isinstance(self.kind, Layerwise))
 
     def _made(self, kind: Kind, forward: ForwardPass, points: Sequence[ControlPoint]) -> list[Tensor]:
         generator, output = torch.Generator().manual_seed(self.seed), forward.output
@@ -62,14 +66,14 @@ class FeedbackWeights:
                     )
             return made
         return [
-            output.new_empty(0) if p.weight is None else initial_layerwise(kind.init, p.weight.to(output), generator)
-            for p in points
+            output.new_empty(0) if w is None else initial_layerwise(kind.init, w, generator)
+            for w in forward.layer_weights()
         ]
 
     def set_aside(self, points: Sequence[ControlPoint]) -> None:
         """Have none any more, but take up again those of points that there will still be."""
         self._set_aside |= {p.name: q for p, q in zip(points, self.values)}
-        self.values = []
+        self.values, self.carrying = [], ()
 
     def load(self, state: Mapping[str, Tensor], kind: Kind, order: Sequence[ControlPoint], dtype: torch.dtype) -> None:
         """Take over saved feedback weights for points in that order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Literal
@@ -51,12 +52,21 @@ def initial_direct(kind: FeedbackInit, forward: ForwardPass, generator: torch.Ge
     return [own[i] if i in own else _random(kind, q, generator) for i, q in enumerate(like)]
 
 
-def initial_layerwise(kind: Literal["random", "weights"], weight: Tensor, generator: torch.Generator) -> Tensor:
-    """B_i in the shape of W_i: random with the spread of W_i, or a copy of it."""
+LayerwiseInit = Literal["random", "xavier", "weights"]
+
+
+def initial_layerwise(kind: LayerwiseInit, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """B_i in the shape of W_i: random with the spread of W_i or that of Glorot and Bengio (2010), or a copy of W_i."""
     if kind == "weights":
         return weight.detach().clone()
     drawn = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
-    return drawn * weight.detach().std(correction=0)
+    return drawn * (xavier_spread(weight) if kind == "xavier" else weight.detach().std(correction=0))
+
+
+def xavier_spread(weight: Tensor) -> float:
+    """√(2 / (fan-in + fan-out))."""
+    positions = weight[0, 0].numel()
+    return math.sqrt(2 / ((weight.shape[0] + weight.shape[1]) * positions))
 
 
 @singledispatch

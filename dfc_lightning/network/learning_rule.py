@@ -2,13 +2,15 @@
 
 # Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.network.initial_feedback import FeedbackInit
+from dfc_lightning.errors import require
+from dfc_lightning.network.initial_feedback import FeedbackInit, LayerwiseInit
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
@@ -34,11 +36,22 @@ class Layerwise:
     """Feedback that travels down layer by layer, by weights B_i in the shape of W_i.
 
     Args:
-        init: ``"random"``, with the spread of W_i, or ``"weights"``, a copy of them.
+        init: ``"random"``, with the spread of W_i, ``"xavier"``, with that of Glorot and Bengio (2010), or
+            ``"weights"``, a copy of W_i.
+        learned: whether they are meant to be learned in a phase of their own.
+        tracking: weight decay of B_i and W_i alike, in units of the learning rate, if B_i takes the steps that the
+            optimizer gives W_i (Kolen and Pollack 1994; Akrout et al. 2019); None if it does not.
     """
 
-    init: Literal["random", "weights"] = "random"
-    learned: ClassVar[bool] = False
+    init: LayerwiseInit = "random"
+    learned: bool = False
+    tracking: float | None = None
+
+    def __post_init__(self) -> None:
+        known = ("random", "xavier", "weights")
+        require(self.init in known, "init", self.init, f"choose one of {known}")
+        least = self.tracking is None or 0 <= self.tracking < math.inf
+        require(least, "tracking", self.tracking, "give a finite decay of zero or more, or None")
 
 
 @dataclass(frozen=True)
@@ -49,11 +62,13 @@ class Control:
         controller: the controller; None where the rule has none.
         target: the output it is driven to.
         plasticity: the postsynaptic factor.
+        relative: whether α and k_p are in units of the size of JQ in each sample.
     """
 
     controller: PIController | None = None
     target: NudgedTarget = field(default_factory=NudgedTarget)
     plasticity: Plasticity = "rate_difference"
+    relative: bool = False
 
 
 @dataclass
@@ -89,6 +104,9 @@ class LearningRule(ABC):
 
     feedback: ClassVar[Direct | Layerwise | None] = None
     """The feedback weights that the rule has; with None none are made."""
+
+    learning: ClassVar[Any] = None
+    """The ``FeedbackLearning`` by which they learn in phases of their own, where the user says nothing else."""
 
     @property
     def control(self) -> Control:

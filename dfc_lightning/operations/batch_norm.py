@@ -53,15 +53,12 @@ class BatchNorm(Exact):
         if not (live and self.by_batch):
             return [error * _per_channel(self.scale, error)]
 
-        def linearise() -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                x = frame[self.inputs[0]].detach().requires_grad_()
-                return x, self.live(x, *(None if p is None else p.detach().to(x) for p in (self.weight, self.bias)))
-
-        x, y = frame.once((self, "graph"), linearise)
-        layout = frame.layouts[self.inputs[0]]
-        back = [torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in layout.split(error, frame.batch)]
-        return [layout.joined(back)]
+        x, layout = frame[self.inputs[0]], frame.layouts[self.inputs[0]]
+        weight = None if self.weight is None else self.weight.detach().to(x)
+        moments = self.mean.to(x), (self.variance + self.eps).rsqrt().to(x)
+        wanted, backward = [True, False, False], torch.ops.aten.native_batch_norm_backward
+        parts = layout.split(error, frame.batch)
+        return [layout.joined([backward(e, x, weight, None, None, *moments, True, self.eps, wanted)[0] for e in parts])]
 
     def live(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise ``x``, the statistics following their batch: what backprop differentiates.

@@ -8,7 +8,7 @@ deviations, W_1 x and all biases drop out and float32 keeps its digits however s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, singledispatch
 from typing import ClassVar, NamedTuple
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.operations.operation import constant
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.closed_forms import jacobians, output_gain
-from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass, Unit
 from dfc_lightning.passes.plasticity import Plasticity
 
 WIDE = 64
@@ -86,6 +87,9 @@ class DensePass(ForwardPass[DenseDeviation]):
         x: the network's input r_0, (B, n_0).
         v: feedforward voltages v_i⁻, one (B, n_i) a layer.
         r: feedforward rates r_i⁻ = φ(v_i⁻), likewise.
+        layered: see :class:`ForwardPass`.
+        unit: likewise.
+        chance: likewise.
     """
 
     dense: ClassVar[bool] = True
@@ -95,6 +99,9 @@ class DensePass(ForwardPass[DenseDeviation]):
     x: Tensor
     v: list[Tensor]
     r: list[Tensor]
+    layered: bool = False
+    unit: Unit | None = None
+    chance: Chance = field(default_factory=lambda: Chance(0, 0))
 
     @classmethod
     def run(cls, x: Tensor, layers: Layers, feedback: Sequence[Tensor] = ()) -> DensePass:
@@ -155,22 +162,25 @@ class DensePass(ForwardPass[DenseDeviation]):
         return [*self.presynaptic, *self.v, *self.weights]
 
     def samples(self, index: Tensor) -> DensePass:
-        return replace(self, x=self.x[index], v=[v[index] for v in self.v], r=[r[index] for r in self.r])
+        unit = None if self.unit is None else Unit(*(each[index] for each in self.unit))
+        v, r = ([each[index] for each in several] for several in (self.v, self.r))
+        return replace(self, x=self.x[index], v=v, r=r, unit=unit)
 
     def again(self) -> DensePass:
-        return DensePass.run(self.x, self.layers, self.feedback)
+        return replace(DensePass.run(self.x, self.layers, self.feedback), layered=self.layered)
 
     # The control's way to the output
 
     @cached_property
     def plain_output(self) -> bool:
         """Whether the output layer is linear and driven by the control itself, Q_L = I."""
-        if not self.feedback or not isinstance(self.nonlinearities[-1], Identity):
+        plain = self.feedback and not self.layered and self.unit is None
+        if not plain or not isinstance(self.nonlinearities[-1], Identity):
             return False
         q = self.feedback[-1]
         return torch.equal(q, torch.eye(len(q), dtype=q.dtype, device=q.device))
 
-    def apical(self, u: Tensor) -> list[Tensor]:
+    def _direct(self, u: Tensor) -> list[Tensor]:
         if self.widths[-1] <= WIDE or not self.plain_output:
             return list((u @ self.stacked_feedback.T).split(self.widths, dim=1))
         hidden = self.widths[:-1]
@@ -222,14 +232,29 @@ class DensePass(ForwardPass[DenseDeviation]):
     def output_errors(self, error: Tensor) -> list[Tensor | None]:
         return [*[None] * (self.depth - 1), error * self.slopes[-1]]
 
-    def _jacobians(self) -> list[Tensor]:
-        return jacobians(self.weights, self.slopes)
+    def _rows(self, at: DenseDeviation | None = None, through: Sequence[Tensor] | None = None) -> list[Tensor]:
+        return jacobians(self.weights if through is None else through, self._slopes_at(at))
 
-    def gain(self, at: DenseDeviation | None = None) -> Tensor:
+    def _direct_gain(self, at: DenseDeviation | None) -> Tensor:
         return output_gain(self.weights, self.feedback, self._slopes_at(at))
 
     def mean_gain(self) -> Tensor:
         return output_gain(self.weights, self.feedback, self.mean_slopes)
+
+    # Weights alone
+
+    @property
+    def hears(self) -> Sequence[bool]:
+        return [i > 0 for i in range(self.depth)]
+
+    def layer_weights(self) -> list[Tensor | None]:
+        return list(self.weights)
+
+    def passed_on(self, index: int, heard: Tensor) -> Tensor:
+        return heard @ self.weights[index].T
+
+    def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
+        return signal.T @ heard
 
     def _slopes_at(self, at: DenseDeviation | None) -> list[Tensor]:
         if at is None:

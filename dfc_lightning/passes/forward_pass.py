@@ -8,12 +8,13 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.plasticity import Plasticity
 
 
@@ -39,6 +40,25 @@ class Deviation(ABC):
 D = TypeVar("D", bound=Deviation)
 
 
+class Unit(NamedTuple):
+    """The size of JQ in each sample, along its own output error δ_L.
+
+    Args:
+        size: ‖JQ δ_L‖ / ‖δ_L‖, (B, 1); 1 for a sample in which either is zero.
+        gained: JQ δ_L in this unit, (B, n_L).
+        drive: ‖Q δ_L‖ over all points, (B, 1).
+    """
+
+    size: Tensor
+    gained: Tensor
+    drive: Tensor
+
+
+def joint_norm(several: Sequence[Tensor]) -> Tensor:
+    """The norm of each sample in all of several tensors, (B, …) each, as (B, 1)."""
+    return torch.stack([torch.linalg.vector_norm(each.flatten(1), dim=1) for each in several]).norm(dim=0).unsqueeze(1)
+
+
 class ForwardPass(ABC, Generic[D]):
     """A feedforward pass over a batch of B samples through a network of L control points, and what can be asked of it.
 
@@ -58,6 +78,12 @@ class ForwardPass(ABC, Generic[D]):
     """Feedforward voltages v_i⁻, one (B, …) a point."""
     widths: Sequence[int]
     """n_i, the number of units of each port."""
+    layered: bool
+    """Whether feedback travels down layer by layer, through B_i."""
+    unit: Unit | None
+    """What the feedback of each sample is divided by, so that JQ is of size 1; None for 1."""
+    chance: Chance
+    """What a rule draws at random for this batch."""
     _held_jacobians: Callable[[], list[Tensor]] | None = None
 
     # What was fed forward
@@ -107,6 +133,11 @@ class ForwardPass(ABC, Generic[D]):
         return self.output.shape[1]
 
     @property
+    def batched(self) -> bool:
+        """Whether samples depend on each other, by a normalisation that has its statistics from the batch."""
+        return False
+
+    @property
     @abstractmethod
     def able(self) -> list[Tensor]:
         """1 for units of a port whose rate a push of their voltage can move, else 0: one (B, n_i) a point."""
@@ -125,24 +156,49 @@ class ForwardPass(ABC, Generic[D]):
     def again(self) -> Self:
         """The pass of the same input with the weights as they are now, and the same masks and batch statistics."""
 
-    def with_feedback(self, feedback: Sequence[Tensor]) -> Self:
-        """The same pass bound to other feedback weights."""
+    def with_feedback(self, feedback: Sequence[Tensor], layered: bool = False) -> Self:
+        """The same pass bound to other feedback weights: Q_i, or B_i if it is ``layered``."""
+        return self._copy(feedback=feedback, layered=layered, unit=None)
+
+    def with_chance(self, chance: Chance) -> Self:
+        """The same pass with other random draws."""
+        return self._copy(chance=chance)
+
+    def in_unit(self, offset: Tensor) -> Self:
+        """The same pass with feedback divided by the size of JQ along δ_L = ``offset``, (B, n_L), in each sample."""
+        driven = self.apical(offset)
+        gained = self.linear_response(driven)
+        size = torch.linalg.vector_norm(gained, dim=1, keepdim=True) / torch.linalg.vector_norm(
+            offset, dim=1, keepdim=True
+        )
+        size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+        return self._copy(feedback=self.feedback, unit=Unit(size, gained / size, joint_norm(driven)))
+
+    def _copy(self, **changed: Any) -> Self:
         same = copy.copy(self)
-        same.feedback = feedback
-        for derived in ("stacked_feedback", "plain_output"):
+        vars(same).update(changed)
+        for derived in ("stacked_feedback", "plain_output", "widths") if "feedback" in changed else ():
             same.__dict__.pop(derived, None)
         return same
 
-    # Direct feedback, and what it does to the network
+    # Feedback, and what it does to the network
 
     @cached_property
     def stacked_feedback(self) -> Tensor:
         """All Q_i one above the other, (Σ n_i, n_L)."""
         return torch.cat(list(self.feedback))
 
-    @abstractmethod
     def apical(self, u: Tensor) -> list[Tensor]:
-        """Apical voltages Q_i u of a control signal u, (B, n_L)."""
+        """Apical voltages of a control signal u, (B, n_L), in the shape of the voltages.
+
+        Q_i u; or by layered feedback (Meulemans et al. 2021, appendix) a_i = φ'(v_i) ⊙ B_{i+1}ᵀ a_{i+1}, each sample
+        with its own slopes, masks and pooling: the errors that B pulls back, J_iᵀ u where B is W.
+        """
+        u = u if self.unit is None else u / self.unit.size
+        return self.pull(u, through=self.feedback) if self.layered else self._direct(u)
+
+    @abstractmethod
+    def _direct(self, u: Tensor) -> list[Tensor]: ...
 
     @abstractmethod
     def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
@@ -201,16 +257,54 @@ class ForwardPass(ABC, Generic[D]):
         finally:
             self._held_jacobians = None
 
-    @abstractmethod
-    def _jacobians(self) -> list[Tensor]: ...
+    def _jacobians(self) -> list[Tensor]:
+        return self._rows()
 
     @abstractmethod
+    def _rows(self, at: D | None = None, through: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """J_i by ports at a state, through W or other weights."""
+
+    def feedback_rows(self) -> list[Tensor]:
+        """What one unit of each control does to the apical voltages, K_iᵀ = ∂a_iᵀ/∂u, (B, n_L, n_i) by ports."""
+        if self.layered:
+            rows = self._rows(through=self.feedback)
+        else:
+            rows = [q.T.expand(self.batch_size, -1, -1) for q in self.feedback]
+        return rows if self.unit is None else [r / self.unit.size.unsqueeze(2) for r in rows]
+
     def gain(self, at: D | None = None) -> Tensor:
-        """JQ = Σ_i J_i Q_i, (B, n_L, n_L), at the feedforward or a controlled state."""
+        """JQ = Σ_i J_i Q_i, (B, n_L, n_L), at the feedforward or a controlled state; J_i K_i of layered feedback."""
+        if self.layered:
+            parts = zip(self._rows(at), self.feedback_rows())
+            return sum((j @ k.mT for j, k in parts), start=self.output.new_zeros(()))
+        found = self._direct_gain(at)
+        return found if self.unit is None else found / self.unit.size.unsqueeze(2)
+
+    @abstractmethod
+    def _direct_gain(self, at: D | None) -> Tensor: ...
 
     @abstractmethod
     def mean_gain(self) -> Tensor:
-        """JQ for the batch as a whole, (1, n_L, n_L)."""
+        """JQ for the batch as a whole, (1, n_L, n_L), by direct feedback."""
+
+    # Weights alone
+
+    @property
+    @abstractmethod
+    def hears(self) -> Sequence[bool]:
+        """Whether what a point hears depends on other points, so that errors travel back through its weight."""
+
+    @abstractmethod
+    def layer_weights(self) -> list[Tensor | None]:
+        """W_i of each point, None of those without one."""
+
+    @abstractmethod
+    def passed_on(self, index: int, heard: Tensor) -> Tensor:
+        """W_i r, what the weight of one point makes of r in the shape of its presynaptic rates; (B, …)."""
+
+    @abstractmethod
+    def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
+        """Σ_b t rᵀ in the shape of W_i, for t in the shape of what :meth:`passed_on` gives."""
 
     # From activity to updates
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def gram_factor(jacobians: Sequence[Tensor], damping: float, weights: Sequence[Tensor] | None = None) -> Tensor:
+def gram_factor(
+    jacobians: Sequence[Tensor], damping: float | Tensor, weights: Sequence[Tensor] | None = None
+) -> Tensor:
     """The Cholesky factor of Σ_i w_i J_i J_iᵀ + γ I of each sample, (B, n_L, n_L).
 
     Where that is singular, the factor is not finite or holds a part of the matrix only: nothing is raised, and the
@@ -16,7 +18,7 @@ def gram_factor(jacobians: Sequence[Tensor], damping: float, weights: Sequence[T
 
     Args:
         jacobians: J_i, (B, n_L, n_i).
-        damping: γ ≥ 0.
+        damping: γ ≥ 0, or those of the samples, (B, 1).
         weights: w_i ≥ 0 of each sample, (B,), one a Jacobian; None for ones.
     """
     gram: Tensor | None = None

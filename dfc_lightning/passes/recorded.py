@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.layout import FIRST, Layout
 from dfc_lightning.operations.nonlinearity import Identity
-from dfc_lightning.operations.operation import Deviations, Frame
+from dfc_lightning.operations.operation import Deviations, Frame, constant
 from dfc_lightning.operations.passage import Passage
-from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.passes.chance import Chance
+from dfc_lightning.passes.forward_pass import Deviation, ForwardPass, Unit
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.passes.record import Record
 
@@ -88,12 +90,18 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         frame: with what values.
         ports: the shape of each port: that of the point's voltage, or with ones where all positions hear the same.
         feedback: Q_i, (n_i, n_L), n_i the units of a port; or B_i, in the shape of W_i.
+        layered: see :class:`ForwardPass`.
+        unit: likewise.
+        chance: likewise.
     """
 
     record: Record
     frame: Frame
     ports: Sequence[tuple[int, ...]]
     feedback: Sequence[Tensor] = ()
+    layered: bool = False
+    unit: Unit | None = None
+    chance: Chance = field(default_factory=lambda: Chance(0, 0))
 
     @cached_property
     def widths(self) -> list[int]:  # type: ignore[override]
@@ -129,6 +137,10 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         return self.record.somata
 
     @property
+    def batched(self) -> bool:
+        return any(isinstance(each, BatchNorm) and each.by_batch for each in self.record.program)
+
+    @property
     def able(self) -> list[Tensor]:
         found = []
         for slope, port in zip(self.slopes, self.ports):
@@ -142,14 +154,21 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         return [*self.presynaptic, *self.v, *parameters]
 
     def samples(self, index: Tensor) -> RecordedPass:
-        return replace(self, frame=self.record.samples(self.frame, index))
+        unit = None if self.unit is None else Unit(*(each[index] for each in self.unit))
+        return replace(self, frame=self.record.samples(self.frame, index), unit=unit)
+
+    def with_feedback(self, feedback: Sequence[Tensor], layered: bool = False) -> RecordedPass:
+        same = super().with_feedback(feedback, layered)
+        if layered:  # feedback tells all units of a map apart
+            same.ports = [tuple(v.shape[1:]) for v in self.v]
+        return same
 
     def again(self) -> RecordedPass:
-        return replace(self, frame=self.record.again(self.frame))
+        return replace(self, frame=self.record.again(self.frame), unit=None)
 
     # Under control
 
-    def apical(self, u: Tensor) -> list[Tensor]:
+    def _direct(self, u: Tensor) -> list[Tensor]:
         return self.spread([u @ q.T for q in self.feedback])
 
     def spread(self, ports: Sequence[Tensor]) -> list[Tensor]:
@@ -230,24 +249,47 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         """Where each point lies."""
         return self.record.passages
 
-    def _jacobians(self) -> list[Tensor]:
-        return self._rows(None)
-
-    def _rows(self, at: RecordedDeviation | None) -> list[Tensor]:
-        """J_i of each sample at a controlled state, a number of outputs at a time."""
+    def _rows(self, at: RecordedDeviation | None = None, through: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """A number of outputs at a time."""
         units = torch.eye(self.outputs).to(self.output)
         found = []
         for some in units.split(max(1, ROWS_AT_ONCE // self.batch_size)):
-            errors = self.pull(some.repeat_interleave(self.batch_size, dim=0), at=at)
+            errors = self.pull(some.repeat_interleave(self.batch_size, dim=0), through, at)
             found.append([e.view(len(some), self.batch_size, -1) for e in self.gathered(errors)])
         return [torch.cat(each).transpose(0, 1).contiguous() for each in zip(*found)]
 
-    def gain(self, at: RecordedDeviation | None = None) -> Tensor:
+    def _direct_gain(self, at: RecordedDeviation | None) -> Tensor:
         return sum((j @ q for j, q in zip(self._rows(at), self.feedback)), start=self.output.new_zeros(()))
 
     def mean_gain(self) -> Tensor:
         few = torch.linspace(0, self.batch_size - 1, min(MEAN_OVER, self.batch_size)).round().long()
         return self.samples(few.to(self.output.device)).gain().mean(0, keepdim=True)
+
+    # Weights alone
+
+    @property
+    def hears(self) -> Sequence[bool]:
+        return [s.layer is not None and s.heard in self.record.moving for s in self.record.segments]
+
+    def layer_weights(self) -> list[Tensor | None]:
+        found = [None if s.layer is None else s.layer.arguments["weight"] for s in self.record.segments]
+        return [None if w is None else constant(w, self.frame.dtype) for w in found]
+
+    def passed_on(self, index: int, heard: Tensor) -> Tensor:
+        layer, layouts = self.record.segments[index].layer, self.frame.layouts
+        assert layer is not None
+        moved: Deviations = [None] * len(layouts)
+        moved[layer.inputs[0]] = layouts[layer.inputs[0]].back(heard)
+        found = layer.deviations(self.frame, moved)[0]
+        assert found is not None
+        return layouts[layer.outputs[0]].first(found)
+
+    def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
+        layer, layouts = self.record.segments[index].layer, self.frame.layouts
+        assert layer is not None
+        weight = constant(layer.arguments["weight"], self.frame.dtype)
+        given = layouts[layer.outputs[0]].back(signal), layouts[layer.inputs[0]].back(heard)
+        return layer.taught(weight, False, *given)[0]
 
     def _output_shaped(self, error: Tensor) -> Tensor:
         """An error of the output, (B, n_L), as what made the output returned it."""
@@ -321,7 +363,10 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
                     change = change + layout.back(deviation.late[i])
                 with_, without = (site.phi.difference(frame[at], r, d, slope) for d in (change, change - driven))
                 signal = with_ - without
-            found.append(layout.first(signal if site.pool is None else signal * site.pool.wins(frame)))
+            if site.pool is not None:
+                wins = site.pool.wins(frame)
+                signal = signal * (wins != 0 if plasticity == "voltage_difference" else wins)
+            found.append(layout.first(signal))
         return found
 
     def heard(self, deviation: RecordedDeviation) -> list[Tensor]:

@@ -4,7 +4,13 @@ from dfc_lightning.network.learning_rule import Control, Direct, Layerwise, Lear
 from dfc_lightning.rules.backprop import Backprop
 from dfc_lightning.rules.dfa import DFA
 from dfc_lightning.rules.dfc import DFC
+from dfc_lightning.rules.feedback_alignment import FeedbackAlignment
+from dfc_lightning.rules.forward_gradient import ForwardGradient
+from dfc_lightning.rules.kolen_pollack import KolenPollack
+from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.rules.minimum_norm import MinimumNorm
+from dfc_lightning.rules.sign_symmetry import SignSymmetry
+from dfc_lightning.rules.weight_mirror import WeightMirror
 
 __all__ = [
     "DFA",
@@ -12,8 +18,14 @@ __all__ = [
     "Backprop",
     "Control",
     "Direct",
+    "FeedbackAlignment",
+    "ForwardGradient",
+    "KolenPollack",
+    "LayeredDFC",
     "Layerwise",
     "LearningRule",
     "MinimumNorm",
+    "SignSymmetry",
     "Update",
+    "WeightMirror",
 ]

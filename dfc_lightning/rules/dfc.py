@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from dfc_lightning.errors import require
-from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, Update
-from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
+from dfc_lightning.network.learning_rule import Control, Direct, Layerwise, LearningRule, Update
+from dfc_lightning.passes.forward_pass import ForwardPass, joint_norm
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.settled import Settling, Simulation
 from dfc_lightning.settling.steady_state import SteadyState
 from dfc_lightning.settling.target import ClampedTarget, NudgedTarget
 from dfc_lightning.settling.time_step import TimeStep
+from dfc_lightning.settling.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,16 @@ class DFC(LearningRule):
         clamped: drive the output the whole way, λ = 1, instead.
         integrate: average the update over the simulated time (DFC) instead of taking the last state (DFC-SS).
         plasticity: postsynaptic factor: ``"rate_difference"`` (Eq. 5), ``"voltage_difference"`` or ``"derivative"``.
+        relative: give α and k_p in units of the size of JQ, ‖JQ δ_L‖ / ‖δ_L‖ in each sample, and let what is driven
+            teach by as much, over all voltages of a sample, as Q δ_L itself: what α → ∞ would teach, and with Q = Jᵀ
+            backprop. Layered feedback then teaches by its apical voltages, the statistics of batch normalisations
+            following their batch as in backprop: held, errors would also drive what a normalisation takes out again.
+            Without, α is in the units of JQ, as the paper has it, and the update fades as JQ grows.
         unconverged: ``"keep"`` samples that have not settled, or ``"drop"`` them: they then give no update, while
             the mean is still over all B. Diverged samples never give one.
     """
 
-    feedback: ClassVar[Direct] = Direct(learned=True)
+    feedback: ClassVar[Direct | Layerwise] = Direct(learned=True)
 
     settling: Settling = field(default_factory=SteadyState)
     controller: PIController = field(default_factory=PIController)
@@ -44,6 +52,7 @@ class DFC(LearningRule):
     clamped: bool = False
     integrate: bool = False
     plasticity: Plasticity = "rate_difference"
+    relative: bool = False
     unconverged: Literal["keep", "drop"] = "keep"
 
     def __post_init__(self) -> None:
@@ -56,6 +65,11 @@ class DFC(LearningRule):
             self.integrate,
             f"{type(self.settling).__name__} has no time to average over; use settling=Euler(...)",
         )
+        remedy = "an update averaged over time is in the units of JQ; give relative=False, or integrate=False"
+        require(not (self.relative and self.integrate), "relative", self.relative, remedy)
+        remedy = f"{type(self.settling).__name__} knows feedback straight from the output alone; use SteadyState()"
+        fit = not (self.relative or isinstance(self.feedback, Layerwise)) or not isinstance(self.settling, Trajectory)
+        require(fit, "settling", self.settling, remedy)
         if isinstance(self.settling, TimeStep):  # u_int ← (1 − α dt) u_int + …
             dt, alpha = self.settling.dt, self.controller.alpha
             remedy = f"the leak alone makes steps of dt={dt} unstable; give a leakage below {2 / dt:g}, or a lower dt"
@@ -69,7 +83,7 @@ class DFC(LearningRule):
     @property
     def control(self) -> Control:
         """Controller, target and plasticity."""
-        return Control(self.controller, self.target, self.plasticity)
+        return Control(self.controller, self.target, self.plasticity, self.relative)
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
@@ -80,14 +94,22 @@ class DFC(LearningRule):
                 forward, offset, self.controller, self.plasticity, drop
             )
             return Update([[t * scale for t in each] for each in taught], settled=settled)
-        settled = self.settling.settle(forward, offset, self.controller)
+        relative = forward.in_unit(offset) if self.relative else forward
+        settled = self.settling.settle(relative, offset, self.controller)
         counted = settled.counted(drop)
         response = settled.response if counted.all() else settled.response.where(counted)
-        return Update(steady_gradients(forward, response, self.plasticity, scale), settled=settled)
+        signals = forward.postsynaptic(response, self.plasticity)
+        if (unit := relative.unit) is not None:
+            driven = joint_norm(response.driven)
+            sizes = torch.where(driven > 0, unit.drive / driven, 1.0)
+            if forward.layered and forward.batched and self.plasticity == "voltage_difference":
+                control = torch.where(counted.unsqueeze(1), settled.control * sizes / unit.size, 0.0)
+                signals = forward.pull(control, through=forward.feedback, live=True)
+            else:
+                signals = scaled(signals, sizes)
+        return Update(forward.gradients(signals, forward.heard(response), scale), settled=settled)
 
 
-def steady_gradients(
-    forward: ForwardPass, deviation: Deviation, plasticity: Plasticity, scale: float
-) -> list[list[Tensor]]:
-    """``scale`` times the parameters' changes by Eq. (5) in one state of the controlled network."""
-    return forward.gradients(forward.postsynaptic(deviation, plasticity), forward.heard(deviation), scale)
+def scaled(signals: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
+    """Signals of the samples, (B, …), times a factor for each, (B, 1)."""
+    return [t * sizes.view(-1, *[1] * (t.dim() - 1)) for t in signals]

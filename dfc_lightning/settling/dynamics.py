@@ -42,7 +42,7 @@ class ControlledDynamics(ABC):
         self.stacked_apical = offset.new_zeros(offset.shape[0], sum(forward.widths))
         self.basal = [torch.zeros_like(v) for v in forward.v]
         self.somatic = [torch.zeros_like(v) for v in forward.v]
-        self._feedback = forward.stacked_feedback
+        self._pass = forward
         self._u_before = torch.zeros_like(offset)
         self._error = torch.empty_like(offset)
 
@@ -100,7 +100,12 @@ class ControlledDynamics(ABC):
     def _advance_apical(self, noise: Tensor | None) -> None:
         share = self.step.apical_share
         heard = self.u if self.step.proactive else self._u_before
-        self.stacked_apical.addmm_(heard, self._feedback.T, beta=1 - share, alpha=share)
+        if self._pass.layered:
+            arriving = torch.cat([a.flatten(1) for a in self._pass.apical(heard)], dim=1)
+            self.stacked_apical.lerp_(arriving, share)
+        else:
+            heard = heard if self._pass.unit is None else heard / self._pass.unit.size
+            self.stacked_apical.addmm_(heard, self._pass.stacked_feedback.T, beta=1 - share, alpha=share)
         if noise is not None:
             self.stacked_apical.add_(noise)
 

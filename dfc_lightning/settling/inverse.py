@@ -1,4 +1,4 @@
-"""First guesses of (JQ + α̃ I)⁻¹: each sample's own, that to first order, or one for the whole batch."""
+"""First guesses of (JQ + α̃ I)⁻¹: each sample's own, that to first order, one for the batch, or its size alone."""
 
 from __future__ import annotations
 
@@ -31,10 +31,18 @@ def own_inverse(forward: ForwardPass, leakage: float) -> DenseInverse:
 
 
 def cheap_inverse(forward: ForwardPass, leakage: float) -> Inverse:
-    """Much the same for less, by :func:`cheap_gain`; for outputs beyond ``DENSE_UP_TO`` by the mean gain's factors."""
+    """Much the same for less, by :func:`cheap_gain`; for outputs beyond ``DENSE_UP_TO`` by the mean gain's factors.
+
+    Of layered feedback, whose JQ is costly to form, a JQ of size 1: that of a pass in its own unit.
+    """
+    if forward.layered:
+        share = 1 / (1 + leakage)
+        return StoredSteps(lambda y: y * share)
     if forward.outputs <= DENSE_UP_TO:
         return DenseInverse(_inverted(cheap_gain(forward), leakage))
     gain = forward.mean_gain()[0]
+    if forward.unit is not None:
+        gain = gain / forward.unit.size.mean()
     gain.diagonal().add_(leakage)
     factors, pivots, _ = torch.linalg.lu_factor_ex(gain)
     return StoredSteps(lambda y: torch.linalg.lu_solve(factors, pivots, y.T).T)
@@ -45,13 +53,19 @@ def first_inverse(forward: ForwardPass, leakage: float) -> Inverse:
     return own_inverse(forward, leakage) if forward.outputs <= OWN_UP_TO else cheap_inverse(forward, leakage)
 
 
-@singledispatch
 def cheap_gain(forward: ForwardPass) -> Tensor:
-    """JQ approximately, (B, n_L, n_L), or (1, n_L, n_L) for all samples alike: the batch's as a whole."""
+    """JQ approximately, (B, n_L, n_L), or (1, n_L, n_L) for all samples alike."""
+    gain = batch_gain(forward)
+    return gain if forward.unit is None else gain / forward.unit.size.unsqueeze(2)
+
+
+@singledispatch
+def batch_gain(forward: ForwardPass) -> Tensor:
+    """JQ by what the batch has in common: its mean."""
     return forward.mean_gain()
 
 
-@cheap_gain.register
+@batch_gain.register
 def _(forward: DensePass) -> Tensor:
     """To first order in the slopes' deviations from their batch mean, where that costs no more than two passes.
 

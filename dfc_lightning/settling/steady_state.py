@@ -17,6 +17,7 @@ from dfc_lightning.settling.continuation import continued_root
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.equation import Equation
 from dfc_lightning.settling.inverse import DENSE_UP_TO, OWN_UP_TO, first_inverse, own_inverse
+from dfc_lightning.settling.layered import layered_root
 from dfc_lightning.settling.settled import Settled, Settling, relative_residual
 from dfc_lightning.settling.wide_outputs import wide_root
 
@@ -70,8 +71,11 @@ class SteadyState(Settling):
         budget = Budget(self.max_passes, len(offset))
         equation = Equation(forward, offset, leakage, accuracy, self.max_iterations, budget)
         inverse: Inverse | None = None
-        root = wide_root(forward, equation)
-        if root is None:
+        if forward.layered:
+            root = _with_fallbacks(equation, layered_root(equation))
+        elif (wide := wide_root(forward, equation)) is not None:
+            root = wide
+        else:
             inverse = first_inverse(forward, leakage)
             root = _with_fallbacks(equation, equation.root(inverse))
         response = root.aux or equation(root.u)[1]
@@ -96,7 +100,7 @@ def _with_fallbacks(equation: Equation, root: Root[Deviation]) -> Root[Deviation
 
     Where the budget does not do for all of them, the nearest are tried.
     """
-    for fallback in _fallbacks(equation.forward.outputs):
+    for fallback in _fallbacks(equation.forward):
         if root.converged.all():
             break
         room = equation.budget.room(fallback.passes)
@@ -108,11 +112,12 @@ def _with_fallbacks(equation: Equation, root: Root[Deviation]) -> Root[Deviation
     return root
 
 
-def _fallbacks(outputs: int) -> Sequence[Fallback]:
+def _fallbacks(forward: ForwardPass) -> Sequence[Fallback]:
+    outputs = forward.outputs
     if outputs > DENSE_UP_TO:
         return []
     continuation = Fallback(continued_root, 1 + LEAST_STEPS * (outputs + 1))
-    if outputs > OWN_UP_TO:
+    if outputs > OWN_UP_TO or forward.layered:
         return [Fallback(_root_from_own_inverse, outputs + LEAST_STEPS), continuation]
     return [continuation]  # the own inverse is what was tried first
 

@@ -34,7 +34,7 @@ def wide_root(forward: ForwardPass, equation: Equation, linear: bool = False) ->
 
 @wide_root.register
 def _(forward: DensePass, equation: Equation, linear: bool = False) -> Root[Deviation] | None:
-    if forward.outputs <= DENSE_UP_TO or not forward.reducible:
+    if forward.outputs <= DENSE_UP_TO or not forward.reducible:  # with feedback that is not Q_L = I it is not
         return None
     offset, shift, last, widths = equation.offset, 1 + equation.leakage, forward.weights[-1], forward.widths[:-1]
     feedback = forward.stacked_feedback[: sum(widths)]

@@ -80,7 +80,7 @@ def rehearse(state: Any, network: ControlledNetwork, rule: LearningRule, learnin
         if learning is not None and state["learner"] is not None:
             FeedbackLearner(network, learning, int(state["seed"])).load_state_dict(state["learner"])
             for k, moments in ((state["learner"]["optimizer"] or {}).get("state", {})).items():
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in {"exp_avg", "exp_avg_sq"} & set(moments):
                     _check_values(f"{name} of feedback weight {k}", moments[name])
         if state["stages"] is not None:
             _check_stages(StageProgress(**state["stages"]))

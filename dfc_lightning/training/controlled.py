@@ -14,15 +14,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from dfc_lightning.errors import require
-from dfc_lightning.feedback_learning.learner import EVERY_BATCH, FeedbackLearner, FeedbackLearning, Ranks
+from dfc_lightning.feedback_learning.learner import EVERY_BATCH, MIRRORED, FeedbackLearner, FeedbackLearning, Ranks
+from dfc_lightning.feedback_learning.tracking import Tracking
 from dfc_lightning.network.controlled_network import ControlledNetwork
 from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
-from dfc_lightning.network.learning_rule import Direct, LearningRule
+from dfc_lightning.network.learning_rule import Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.forward_pass import ForwardPass
-from dfc_lightning.rules.dfc import DFC
+from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
 from dfc_lightning.training.in_step import InStep
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
@@ -92,13 +93,20 @@ class ControlledTraining(InStep):
         if kwargs.get("checkpoint_io") is None:
             kwargs["checkpoint_io"] = WholeCheckpointIO()
         super().__init__(**kwargs)
-        self.rule: LearningRule = DFC() if rule is None else rule
+        self.rule: LearningRule = LayeredDFC() if rule is None else rule
         kind = self.rule.feedback
-        if feedback is not None and not (isinstance(kind, Direct) or (kind is not None and not feedback.has_steps)):
+        layered = isinstance(kind, Layerwise)
+        if feedback is not None and (kind is None or (layered and not kind.learned)) and feedback.has_steps:
             # no error: one configuration may serve several rules
             rank_zero_info(f"{self.rule} has no feedback weights that learn from noise: feedback={feedback} is unused.")
             feedback = None
-        self.learning = feedback or (EVERY_BATCH if kind is not None and kind.learned else None)
+        if feedback is not None and feedback.has_steps:
+            weights, instead = ("B_i", "ExpectedMirror()") if layered else ("Q_i", "Expected()")
+            remedy = f"{type(self.rule).__name__} has feedback weights {weights}; give e.g. method={instead}"
+            require(feedback.method.layered == layered, "feedback.method", feedback.method, remedy)
+        self.learning: FeedbackLearning | None = feedback or self.rule.learning
+        if self.learning is None and kind is not None and kind.learned:
+            self.learning = MIRRORED if layered else EVERY_BATCH
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.conv_feedback: ConvFeedback = conv_feedback
@@ -113,6 +121,8 @@ class ControlledTraining(InStep):
         self.network: ControlledNetwork | None = None
         self.learner: FeedbackLearner | None = None
         self.stages: FeedbackStages | None = None
+        self.tracking: Tracking | None = None
+        self._tracked: Any = None  # as saved, until training starts
         self.lesson: Lesson | None = None
         self._known = False  # whether a batch has been run, by which the network is known
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
@@ -160,6 +170,7 @@ class ControlledTraining(InStep):
             seed = self.broadcast(torch.initial_seed())
         self.network, self._known = self._controlled(module, self.feedback_init, seed), False
         self.network.weights.average = self.reduce
+        self.network.ranks = self._ranks.rank, self._ranks.world_size
         self._set_up_feedback(self.network)
 
     def _controlled(
@@ -196,7 +207,23 @@ class ControlledTraining(InStep):
         self._watch_for_sigterm()
         self._watching = None if self.watch == "off" else LearningWatch(self.watch == "stop", self.reduce)
         refuse_loader_iterator(self._trainer)
+        self._track()
         fast_forward(self._trainer)
+
+    def _track(self) -> None:
+        kind, network = self.rule.feedback, self.network
+        if isinstance(kind, Layerwise) and kind.tracking is not None and network is not None:
+            self.tracking = Tracking(network, self.optimizers, kind.tracking)
+            if self._tracked is not None:
+                self.tracking.load_state_dict(self._tracked)
+        self._tracked = None
+
+    @override
+    def teardown(self) -> None:
+        if self.tracking is not None:
+            self.tracking.close()
+            self.tracking = None
+        super().teardown()
 
     # A training step
 
@@ -207,6 +234,8 @@ class ControlledTraining(InStep):
         if not self._known and is_empty(args[:1]) and self._ranks.world_size == 1:
             rank_zero_warn("The first batch has no samples, from which the network could be known. It is skipped.")
             return None
+        assert self._trainer is not None
+        self.network.lessons = self._trainer.fit_loop.total_batch_idx
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
                 output = super().training_step(*args, **kwargs)

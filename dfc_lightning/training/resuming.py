@@ -38,6 +38,7 @@ class ResumableTraining(ControlledTraining):
                 "trainable": [n for n, p in self.network.module.named_parameters() if p.requires_grad],
                 "learner": None if self.learner is None else self.learner.state_dict(),
                 "stages": None if self.stages is None else self.stages.progress.state_dict(),
+                "tracking": None if self.tracking is None else self.tracking.state_dict(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -92,6 +93,7 @@ class ResumableTraining(ControlledTraining):
             self._set_up_feedback(self.network)
         if state["learner"] is not None and self.rule.feedback is not None:
             self._descending().load_state_dict(state["learner"])
+        self._tracked = state.get("tracking")
         if self.stages is not None and state["stages"] is not None:
             self.stages.progress.load_state_dict(state["stages"])
 

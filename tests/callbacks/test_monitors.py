@@ -53,7 +53,7 @@ def fit(*callbacks: Callback, rule: DFC | None = None, **settings: Any) -> tuple
         accelerator="cpu",
         logger=pages,
         callbacks=[lessons, *callbacks],
-        strategy=DFCStrategy(rule, LEARNING, seed=0),
+        strategy=DFCStrategy(rule or DFC(), LEARNING, seed=0),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -118,10 +118,10 @@ def quiet(strategy: Any = "auto", **settings: Any) -> L.Trainer:
 
 
 def strategy(**settings: Any) -> DFCStrategy:
-    """With a seed, and short feedback learning where the rule has feedback weights."""
-    rule = settings.get("rule")
-    learning = LEARNING if rule is None or rule.feedback is not None else None
-    return DFCStrategy(**(dict(feedback=learning, seed=7) | settings))
+    """Direct DFC where no rule is given, with a seed, and short feedback learning where there is some to learn."""
+    rule = settings.pop("rule", None) or DFC()
+    learning = LEARNING if rule.feedback is not None else None
+    return DFCStrategy(rule, **(dict(feedback=learning, seed=7) | settings))
 
 
 def by_hand(

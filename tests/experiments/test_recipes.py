@@ -7,7 +7,7 @@ from cases.paths import RECIPES
 
 pytest.importorskip("jsonargparse")
 
-from dfc_lightning import DFA, DFC, DFCStrategy, Expected, Sampled
+from dfc_lightning import DFA, DFC, DFCStrategy, Expected, LayeredDFC, Sampled
 from dfc_lightning.cli import RecipeCLI, main
 from dfc_lightning.experiments.recipe import find_recipes
 from dfc_lightning.experiments.table import COLUMNS, RULES
@@ -148,7 +148,7 @@ def test_every_recipe_builds_its_net_its_rule_and_its_data(built, name):
         assert not isinstance(strategy, DFCStrategy)
         return
     assert isinstance(strategy, DFCStrategy)
-    assert type(strategy.rule) is (DFA if rule == "dfa" else DFC)
+    assert type(strategy.rule) is (DFA if rule == "dfa" else LayeredDFC if task == "digits" else DFC)
     if rule == "dfa":
         assert strategy.learning is None
         assert (strategy.feedback_init or strategy.rule.feedback.init) == "xavier_normal"

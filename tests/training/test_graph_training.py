@@ -112,7 +112,7 @@ def test_torchvisions_resnet_is_trained_untouched():
     module = Plain(lambda m, batch: nn.functional.cross_entropy(m.net(batch[0]), batch[1]))
     module.net = resnet18(num_classes=10)
     learning = FeedbackLearning(initial_passes=0, passes_per_epoch=0, every_n_batches=3)
-    s = DFCStrategy(feedback=learning, seed=1)
+    s = DFCStrategy(DFC(), feedback=learning, seed=1)
     data = TensorDataset(torch.randn(24, 3, 32, 32), torch.arange(24) % 10)
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     trainer = quiet(s, max_epochs=1)

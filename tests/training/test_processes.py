@@ -165,7 +165,7 @@ def test_each_feedback_pass_has_an_order_of_its_own_and_the_users_sampler_is_not
     data, module = clusters(), Witnessed()
     sampler = Told(data, 1, 0)
     learning = FeedbackLearning(method=SampledFeedback(steps=4), initial_passes=2, passes_per_epoch=2)
-    trainer = quiet(DFCStrategy(seed=3, feedback=learning))
+    trainer = quiet(DFCStrategy(DFC(), seed=3, feedback=learning))
     trainer.fit(module, DataLoader(data, len(data) // 2, sampler=sampler, num_workers=workers))
     passes = [tuple(a + b) for a, b in zip(module.seen[::2], module.seen[1::2])]
     forward = [passes.pop(4), passes.pop(6)]
@@ -245,9 +245,9 @@ def test_started_by_spawn(tmp_path):
     settings = {"enable_checkpointing": True, "use_distributed_sampler": False}
     modules, saved = [], []
     for processes in (1, 2):
-        s: Any = DFCStrategy(feedback=learning, seed=3)
+        s: Any = DFCStrategy(DFC(), feedback=learning, seed=3)
         if processes == 2:
-            s = DFCDDPStrategy(feedback=learning, seed=3, start_method="spawn")
+            s = DFCDDPStrategy(DFC(), feedback=learning, seed=3, start_method="spawn")
         keep = ModelCheckpoint(tmp_path / str(processes), "last")
         trainer = quiet(s, devices=processes, max_epochs=1, callbacks=[keep], **settings)
         modules.append(Witnessed())

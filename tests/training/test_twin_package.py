@@ -16,7 +16,7 @@ from torch import nn
 
 pl = pytest.importorskip("pytorch_lightning", minversion="2.5")
 
-from dfc_lightning import ControlError, DFCDDPStrategy, DFCStrategy  # noqa: E402
+from dfc_lightning import DFC, ControlError, DFCDDPStrategy, DFCStrategy  # noqa: E402
 from dfc_lightning.callbacks import FeedbackMonitor, SettlingMonitor  # noqa: E402
 
 
@@ -58,7 +58,7 @@ def trainer_of(package: Any, strategy: Any, **settings: Any) -> Any:
 def trained(package: Any, strategy: Any = None, ckpt_path: Any = None, fail_at: int = -1, **settings: Any) -> Any:
     module = module_of(package)
     module.at_call = raise_at(fail_at)
-    trainer = trainer_of(package, strategy or DFCStrategy(feedback=LEARNING, seed=7), **settings)
+    trainer = trainer_of(package, strategy or DFCStrategy(DFC(), feedback=LEARNING, seed=7), **settings)
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return trainer, module
 
@@ -101,7 +101,7 @@ def test_names_and_objects_are_known_to_both_trainers():
 
 
 def test_one_object_serves_one_trainer_after_the_other():
-    s = DFCStrategy(feedback=LEARNING, seed=7)
+    s = DFCStrategy(DFC(), feedback=LEARNING, seed=7)
     for package in (pl, L, pl):
         s._accelerator = None  # which trainers leave in it, and take for a wish
         trained(package, s)
@@ -149,7 +149,7 @@ def test_in_either_order_of_imports(order):
 @pytest.mark.processes
 def test_started_by_spawn_under_the_other_name():
     module = Spawned()
-    s = DFCDDPStrategy(feedback=LEARNING, seed=3, start_method="spawn")
+    s = DFCDDPStrategy(DFC(), feedback=LEARNING, seed=3, start_method="spawn")
     trainer_of(pl, s, devices=2, max_epochs=1).fit(module, loader(clusters(64)))
     assert not torch.equal(weights(module), weights(Spawned()))
 

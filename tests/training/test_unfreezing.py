@@ -45,7 +45,7 @@ def weights(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("maps", [False, True], ids=["dense", "convolutional"])
 def test_an_unfrozen_backbone_learns_from_then_on(maps):
-    module, chosen = Pretrained(maps), DFCStrategy(feedback=LEARNING, seed=3)
+    module, chosen = Pretrained(maps), DFCStrategy(DFC(), feedback=LEARNING, seed=3)
     quiet(chosen, max_epochs=4, callbacks=[BackboneFinetuning(2)]).fit(module, loader())
     assert module.moved == [False, False, True, True]
     assert len(chosen.network.feedback) == len(chosen.network.points) == 3
@@ -69,7 +69,7 @@ class Freezes(Callback):
 
 def test_a_backbone_that_is_frozen_stays_as_it_is():
     module = Pretrained()
-    quiet(DFCStrategy(feedback=LEARNING, seed=3), max_epochs=4, callbacks=[Freezes()]).fit(module, loader())
+    quiet(DFCStrategy(DFC(), feedback=LEARNING, seed=3), max_epochs=4, callbacks=[Freezes()]).fit(module, loader())
     assert module.moved == [True, True, False, False]
 
 
@@ -103,7 +103,7 @@ def test_a_run_resumes_before_and_after_the_unfreezing(epoch, tmp_path):
                 raise KeyboardInterrupt
 
     def run(*more: Any, ckpt_path: Any = None) -> list[Tensor]:
-        module, chosen = Pretrained(), DFCStrategy(feedback=LEARNING, seed=3)
+        module, chosen = Pretrained(), DFCStrategy(DFC(), feedback=LEARNING, seed=3)
         callbacks = [BackboneFinetuning(2), saver(tmp_path), *more]
         trainer = quiet(chosen, max_epochs=5, callbacks=callbacks, enable_checkpointing=True)
         try:

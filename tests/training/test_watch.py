@@ -139,12 +139,12 @@ def test_nothing_is_said_of_a_fit_that_learns(rule):
 
 
 def test_feedback_against_the_network_is_spoken_of_or_stops_the_fit():
-    said = fit(Fitted(turned_round), feedback=NO_LEARNING)
+    said = fit(Fitted(turned_round), rule=DFC(), feedback=NO_LEARNING)
     assert any("control points away" in text or "diverge" in text for text in said)
     assert len(said) == len({text[:15] for text in said})
-    assert fit(Fitted(turned_round), feedback=NO_LEARNING, watch="off") == []
+    assert fit(Fitted(turned_round), rule=DFC(), feedback=NO_LEARNING, watch="off") == []
     with pytest.raises(ControlError, match="Condition 3.*watch='stop'"):
-        fit(Fitted(turned_round), feedback=NO_LEARNING, watch="stop")
+        fit(Fitted(turned_round), rule=DFC(), feedback=NO_LEARNING, watch="stop")
 
 
 def test_an_unknown_watch_is_refused():
