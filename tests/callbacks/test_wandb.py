@@ -36,7 +36,8 @@ pytestmark = [
         "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
     ),
 ]
-FIT = ["fit", f"--config={RECIPES}/digits/dfc.yaml", f"--config={RECIPES}/trackers/wandb.yaml"]
+RULE = "--trainer.strategy.init_args.rule=dfc_lightning.DFC"
+FIT = ["fit", f"--config={RECIPES}/digits/dfc.yaml", RULE, f"--config={RECIPES}/trackers/wandb.yaml"]
 OPTIONS = ["accelerator=cpu", "enable_progress_bar=false", "enable_model_summary=false", "num_sanity_val_steps=0"]
 FIT += [f"--trainer.{option}" for option in OPTIONS]
 HISTOGRAMS = "--trainer.callbacks.init_args.histograms_every_n_steps"

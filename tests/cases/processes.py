@@ -155,6 +155,7 @@ def fit(
     data: Any = clusters(case.get("size", 5 * JOINT), dtype=dtype)
     lightnings = case.get("lightnings_sampler", False)
     rule_and_feedback = {k: case[k] for k in ("rule", "feedback", "feedback_init") if k in case}
+    rule_and_feedback.setdefault("rule", DFC())
     chosen: Any = DFCStrategy(seed=seed, **rule_and_feedback)
     if processes > 1:
         chosen = DFCDDPStrategy(seed=seed, **rule_and_feedback, **case.get("ddp", {}))
