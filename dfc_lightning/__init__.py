@@ -11,6 +11,7 @@ from dfc_lightning.feedback_learning import (
     FeedbackLearning,
     Sampled,
     SampledMirror,
+    StrongSampled,
     Tracking,
 )
 from dfc_lightning.network import ControlledNetwork
@@ -28,6 +29,8 @@ from dfc_lightning.rules import (
     LearningRule,
     MinimumNorm,
     SignSymmetry,
+    StrongDFC,
+    TwoPhaseStrongDFC,
     Update,
     WeightMirror,
 )
@@ -73,7 +76,10 @@ __all__ = [
     "Sampled",
     "SampledMirror",
     "SignSymmetry",
+    "StrongDFC",
+    "StrongSampled",
     "Tracking",
+    "TwoPhaseStrongDFC",
     "Update",
     "WeightMirror",
 ]

@@ -5,6 +5,7 @@ from dfc_lightning.feedback_learning.learner import EVERY_BATCH, MIRRORED, Feedb
 from dfc_lightning.feedback_learning.method import FeedbackMethod
 from dfc_lightning.feedback_learning.mirror import ExpectedMirror, SampledMirror
 from dfc_lightning.feedback_learning.sampled import Sampled
+from dfc_lightning.feedback_learning.strong_sampled import StrongSampled
 from dfc_lightning.feedback_learning.tracking import Tracking
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "FeedbackMethod",
     "Sampled",
     "SampledMirror",
+    "StrongSampled",
     "Tracking",
 ]

@@ -39,6 +39,7 @@ class FeedbackLearning:
         eps: Adam's epsilon.
         weight_decay: L2 decay, added to the gradient.
         clip_norm: bound on the joint norm of all feedback gradients; None for none.
+        clip_each: bound the norm of each feedback gradient instead.
         train_output: let the feedback weights of the points that are the output learn too; else they stay as they
             are, Q_L the identity.
     """
@@ -56,6 +57,7 @@ class FeedbackLearning:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    clip_each: bool = False
     train_output: bool = True
 
     def __post_init__(self) -> None:
@@ -74,6 +76,12 @@ class FeedbackLearning:
         )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or more")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "give one above zero")
+        require(
+            not (self.method.needs_loss and self.every_n_batches),
+            "every_n_batches",
+            self.every_n_batches,
+            f"{type(self.method).__name__} needs the loss, which is not known after a step; use passes_per_epoch",
+        )
 
     @property
     def has_steps(self) -> bool:
@@ -133,17 +141,18 @@ class FeedbackLearner:
         self._optimizer: torch.optim.Optimizer | None = None
         self._initial = False
 
-    def step(self, forward: ForwardPass, initial: bool = False) -> dict[str, Tensor]:
+    def step(self, forward: ForwardPass, initial: bool = False, loss_grad: Tensor | None = None) -> dict[str, Tensor]:
         """One feedback learning step on a feedforward pass.
 
         Args:
             forward: the feedforward pass, from :meth:`ControlledNetwork.observe`.
             initial: whether this step belongs to the initial passes.
+            loss_grad: ∂ℓ_b/∂r_L of each sample's own loss, (B, n_L), for methods that need the loss.
 
         Returns:
             What :meth:`descend` does.
         """
-        gradients, shares = self._gradients(self.network.bound(forward))
+        gradients, shares = self._gradients(self.network.bound(forward), loss_grad)
         return self.descend(gradients, initial, shares)
 
     def descend(
@@ -168,7 +177,10 @@ class FeedbackLearner:
         for q, gradient in zip(self.network.feedback, gradients):
             q.grad = gradient
         bound = torch.inf if self.learning.clip_norm is None else self.learning.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._learned(), bound)
+        learned = self._learned()
+        norm = torch.nn.utils.clip_grad_norm_(learned, torch.inf if self.learning.clip_each else bound)
+        for q in learned if self.learning.clip_each else ():
+            torch.nn.utils.clip_grad_norm_(q, bound)
         if torch.isfinite(norm):
             self._optimizer_for(initial).step()
         for q in self.network.feedback:
@@ -200,7 +212,7 @@ class FeedbackLearner:
                             "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
                         )
 
-    def _gradients(self, forward: ForwardPass) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _gradients(self, forward: ForwardPass, loss_grad: Tensor | None) -> tuple[list[Tensor], list[Tensor] | None]:
         """This process's gradients and, of a gated method, the shares of the samples that they are sums over."""
         method, world_size, weight = self.learning.method, self.ranks.world_size, 1.0
         size, noise = forward.batch_size, self._noise(forward.output)
@@ -210,8 +222,11 @@ class FeedbackLearner:
             if not mine:
                 shares = [q.new_zeros(len(q), 1) for q in forward.feedback]
                 return [torch.zeros_like(q) for q in forward.feedback], shares if method.gated else None
-            forward = forward.samples(torch.tensor(mine, device=forward.output.device))
+            some = torch.tensor(mine, device=forward.output.device)
+            forward, loss_grad = forward.samples(some), None if loss_grad is None else loss_grad[some]
             weight = len(mine) * world_size / math.ceil(size * world_size / every)
+        if loss_grad is not None:
+            method = method.towards(loss_grad)
         gradients = [gradient * weight for gradient in method.draw(forward, noise)]
         return gradients, [m.mean(0).unsqueeze(1) * weight for m in forward.able] if method.gated else None
 

@@ -19,9 +19,14 @@ class FeedbackMethod(ABC):
 
     layered: ClassVar[bool] = False
     """Whether it is for layerwise feedback weights B_i, not for direct ones, Q_i."""
-
+    needs_loss: ClassVar[bool] = False
+    """Whether the network is driven to its labels meanwhile, which are known by the loss; see :meth:`towards`."""
     gated: bool = False
     """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
+
+    def towards(self, loss_grad: Tensor) -> FeedbackMethod:
+        """The method for a batch whose samples' own losses have these gradients ∂ℓ_b/∂r_L, (B, n_L)."""
+        return self
 
     @abstractmethod
     def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from dfc_lightning.errors import require
 from dfc_lightning.models.supervised import Supervised
 
 _STAGES = ("train", "val", "test")
@@ -49,6 +50,7 @@ class Classifier(Supervised):
         scheduler: Makes a learning-rate scheduler from the optimizer, stepped once an epoch; one that waits
             for a plateau watches ``val/loss``, unless it names its own ``monitor``.
         num_classes: Number of classes. By default the number of outputs of the network's last ``nn.Linear``.
+        label_smoothing: Share s of a label that is spread over all K classes: s/K each, and 1 − s more for its own.
     """
 
     def __init__(
@@ -57,15 +59,19 @@ class Classifier(Supervised):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         scheduler: LRSchedulerCallable | None = None,
         num_classes: int | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
+        remedy = "give a share of at least 0 and below 1"
+        require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, remedy)
+        self.label_smoothing = label_smoothing
         classes = num_classes or _outputs(network)
         # "train" alone would collide with a method of ModuleDict.
         self.errors = nn.ModuleDict({f"{stage}_error": ErrorPercent(classes) for stage in _STAGES})
 
     def loss(self, output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy of the logits, shape (B, num_classes), in nats, averaged over the batch."""
-        return F.cross_entropy(output, batch[1])
+        return F.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
 
     def _log_metrics(self, stage: str, output: Tensor, batch: tuple[Tensor, Tensor]) -> None:
         error = cast(ErrorPercent, self.errors[f"{stage}_error"])

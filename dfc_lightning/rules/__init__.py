@@ -10,6 +10,7 @@ from dfc_lightning.rules.kolen_pollack import KolenPollack
 from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.rules.minimum_norm import MinimumNorm
 from dfc_lightning.rules.sign_symmetry import SignSymmetry
+from dfc_lightning.rules.strong_dfc import StrongDFC, TwoPhaseStrongDFC
 from dfc_lightning.rules.weight_mirror import WeightMirror
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "LearningRule",
     "MinimumNorm",
     "SignSymmetry",
+    "StrongDFC",
+    "TwoPhaseStrongDFC",
     "Update",
     "WeightMirror",
 ]

@@ -7,6 +7,7 @@ from dfc_lightning.settling.linearized import Linearized
 from dfc_lightning.settling.recorded_dynamics import RecordedDynamics
 from dfc_lightning.settling.settled import Settled, Settling, Simulation
 from dfc_lightning.settling.steady_state import SteadyState
+from dfc_lightning.settling.strong_simulation import StrongSimulation
 from dfc_lightning.settling.target import ClampedTarget, NudgedTarget
 from dfc_lightning.settling.trajectory import Trajectory
 
@@ -22,5 +23,6 @@ __all__ = [
     "Settling",
     "Simulation",
     "SteadyState",
+    "StrongSimulation",
     "Trajectory",
 ]

@@ -19,6 +19,7 @@ from dfc_lightning.feedback_learning.tracking import Tracking
 from dfc_lightning.network.controlled_network import ControlledNetwork
 from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
+from dfc_lightning.network.judging import judged
 from dfc_lightning.network.learning_rule import Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback
 from dfc_lightning.network.unseen import unseen
@@ -238,12 +239,13 @@ class ControlledTraining(InStep):
         self.network.lessons = self._trainer.fit_loop.total_batch_idx
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
+                lesson.seed = self._seed_of_batch()
                 output = super().training_step(*args, **kwargs)
                 if output is None:
                     raise _BatchSkipped
         except _BatchSkipped:
             return None
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = _loss_of(output)
         if isinstance(loss, Tensor):
             if not loss.requires_grad:
                 raise deaf_loss()
@@ -251,6 +253,11 @@ class ControlledTraining(InStep):
             self._loss = loss.detach()
         self.lesson, self._known = lesson, True
         return output
+
+    def _seed_of_batch(self) -> int:
+        """For a rule's own noise: the same in all processes, and when a run goes on."""
+        assert self.network is not None and self._trainer is not None
+        return (self.network.seed + (self._trainer.fit_loop.total_batch_idx + 1) * 0xD1342543DE82EF95) % 2**63
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -302,9 +309,13 @@ class ControlledTraining(InStep):
         module, network, learner, trainer = self.lightning_module, self.network, self.learner, self._trainer
         assert module is not None and network is not None and learner is not None and trainer is not None
 
-        def run() -> None:
-            if module.training_step(*step_arguments(trainer, batch, batch_idx)) is None:
+        def run() -> Any:
+            output = module.training_step(*step_arguments(trainer, batch, batch_idx))
+            if output is None:
                 raise _BatchSkipped
+            return _loss_of(output)
+
+        loss_grad: Tensor | None = None
 
         try:
             with unseen(module, [optimizer.param_groups for optimizer in self.optimizers]):
@@ -315,7 +326,10 @@ class ControlledTraining(InStep):
                         return {}
                     if not in_hand and module.on_train_batch_start(batch, batch_idx) == -1:
                         raise _BatchSkipped  # with it, training would leave the rest of the epoch
-                    forward = network.observing(run, self.rule.feedback)
+                    if learner.learning.method.needs_loss:
+                        forward, loss_grad = judged(network, run, self.rule.feedback, self.loss_reduction)
+                    else:
+                        forward = network.observing(run, self.rule.feedback)
         except _BatchSkipped:
             if trainer.world_size > 1:
                 raise skipped_alone() from None
@@ -323,7 +337,7 @@ class ControlledTraining(InStep):
         if self._empty(forward):
             return {}
         with torch.no_grad():
-            return learner.step(forward, initial)  # outside the context: no autocast in the simulation
+            return learner.step(forward, initial, loss_grad)  # outside the context: no autocast in the simulation
 
     def _empty(self, forward: ForwardPass) -> bool:
         """Whether a batch has no sample to learn feedback from."""
@@ -338,6 +352,11 @@ class ControlledTraining(InStep):
         if metrics and logs_at(self._trainer, steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
             log(self._trainer, {**named, "feedback/step": float(steps)}, self._trainer.global_step, steps)
+
+
+def _loss_of(output: Any) -> Any:
+    """The loss in what a ``training_step`` has returned."""
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 class _BatchSkipped(Exception):

@@ -1,0 +1,151 @@
+"""Strong-DFC (Meulemans et al. 2022, "Minimizing Control for Credit Assignment with Strong Feedback").
+
+The output is driven the whole way to its label, e = y − g(r_L), by strong feedback, and each weight learns to make the
+help superfluous: in the end what is minimised is the control itself, H = ‖Qu‖².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dfc_lightning.errors import require
+from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, Update
+from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
+from dfc_lightning.rules.dfc import steady_gradients
+from dfc_lightning.settling.controller import PIController
+from dfc_lightning.settling.link import LINKS, Link
+from dfc_lightning.settling.noise import joint_draws
+from dfc_lightning.settling.settled import Settled
+from dfc_lightning.settling.strong_simulation import Run, StrongSimulation
+from dfc_lightning.settling.target import ClampedTarget
+
+
+def _controller() -> PIController:
+    return PIController(alpha=1e-3, k_p=2.0, leak="control")
+
+
+def _noisy() -> StrongSimulation:
+    return StrongSimulation(sigma=0.004, sigma_output=0.03, tau_noise=0.07)
+
+
+@dataclass(frozen=True)
+class StrongDFC(LearningRule):
+    """Strong-DFC in a single phase: forward and feedback weights learn at once, from one noisy simulation.
+
+    ΔW_i ∝ (φ(v_i) − φ(v_i^ff)) r_{i−1}ᵀ, averaged over time, and ΔQ_i ∝ −(1 + τ_v/τ_ε)^{L−i} v_i^fb ũᵀ / σ_i², with ũ
+    the high-passed control; σ_i is taken as 0.01 at least. In gradient units, λ = 1. The feedback weights descend what
+    the rule has for them by ``DFCStrategy(feedback=FeedbackLearning(…))``.
+
+    Args:
+        settling: the simulation; it has to have noise, and coloured noise if its slow part is not to teach.
+        controller: the controller.
+        link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
+        tau_f: time constant τ_f / τ_u of the low-pass that the high-passed control is without, at least ``dt``.
+        layer_gain: what stands for 1 + τ_v/τ_ε above; None for that.
+        plasticity: the postsynaptic factor.
+    """
+
+    feedback: ClassVar[Direct] = Direct(init="xavier_normal")
+
+    settling: StrongSimulation = field(default_factory=_noisy)
+    controller: PIController = field(default_factory=_controller)
+    link: Link = "softmax"
+    tau_f: float = 0.5
+    layer_gain: float | None = None
+    plasticity: Plasticity = "rate_difference"
+
+    def __post_init__(self) -> None:
+        _check(self.link, self.plasticity)
+        remedy = "feedback weights learn from noise; give settling.sigma a value above zero, or use TwoPhaseStrongDFC"
+        require(self.settling.sigma > 0, "sigma", self.settling.sigma, remedy)
+        remedy = f"the step dt={self.settling.dt} is larger than this time constant; lower dt or raise it"
+        require(self.settling.dt <= self.tau_f, "tau_f", self.tau_f, remedy)
+
+    @property
+    def control(self) -> Control:
+        """Controller, target and plasticity."""
+        return Control(self.controller, ClampedTarget(), self.plasticity)
+
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
+        """The update for a batch; see :class:`LearningRule`."""
+        seed = int(torch.randint(2**62, ()))
+        run = self._run(forward, loss_grad, seed)
+        counted = run.settled.counted(drop_unconverged=False)
+        settled, share = run.settled, 1.0
+        if not counted.all():  # once more without the diverged, and with the same noise
+            share = int(counted.sum()) / forward.batch_size
+            if not share:
+                return _nothing(forward, settled)
+            run = self._run(forward.samples(counted), loss_grad, seed, counted)
+        assert run.taught is not None and run.feedback is not None
+        taught = [[t * -share for t in each] for each in run.taught]
+        return Update(taught, [q * share for q in run.feedback], settled)
+
+    def _run(self, forward: ForwardPass, loss_grad: Tensor, seed: int, keep: Tensor | None = None) -> Run:
+        draw = joint_draws(seed, loss_grad, sum(forward.widths), keep)
+        offset = -loss_grad if keep is None else -loss_grad[keep]
+        return self.settling.run(
+            forward,
+            offset,
+            self.link,
+            self.controller,
+            draw,
+            update=self.plasticity,
+            filtered=self.settling.dt / self.tau_f,
+            layer_gain=self.layer_gain,
+        )
+
+
+@dataclass(frozen=True)
+class TwoPhaseStrongDFC(LearningRule):
+    """Strong-DFC in two phases: forward weights learn from the last state, without noise; feedback weights in passes.
+
+    ΔW_i ∝ (φ(v_i) − φ(v_i^ff)) r_{i−1}ᵀ as in :class:`DFC`, in gradient units with λ = 1. The feedback weights learn
+    by ``DFCStrategy(feedback=FeedbackLearning(method=StrongSampled(…)))``, or by any other method.
+
+    Args:
+        settling: the simulation.
+        controller: the controller.
+        link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
+        plasticity: the postsynaptic factor.
+    """
+
+    feedback: ClassVar[Direct] = Direct(init="xavier_normal", learned=True)
+
+    settling: StrongSimulation = field(default_factory=StrongSimulation)
+    controller: PIController = field(default_factory=_controller)
+    link: Link = "softmax"
+    plasticity: Plasticity = "rate_difference"
+
+    def __post_init__(self) -> None:
+        _check(self.link, self.plasticity)
+        remedy = "the forward phase of two has no noise; leave it at zero, or use StrongDFC"
+        require(self.settling.sigma == 0, "sigma", self.settling.sigma, remedy)
+
+    @property
+    def control(self) -> Control:
+        """Controller, target and plasticity."""
+        return Control(self.controller, ClampedTarget(), self.plasticity)
+
+    def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
+        """The update for a batch; see :class:`LearningRule`."""
+        settled = self.settling.run(forward, -loss_grad, self.link, self.controller).settled
+        counted = settled.counted(drop_unconverged=False)
+        response = settled.response if counted.all() else settled.response.where(counted)
+        return Update(steady_gradients(forward, response, self.plasticity, -1.0), settled=settled)
+
+
+def _check(link: Link, plasticity: Plasticity) -> None:
+    require(link in LINKS, "link", link, f"choose one of {LINKS}")
+    require(plasticity in PLASTICITIES, "plasticity", plasticity, f"choose one of {PLASTICITIES}")
+
+
+def _nothing(forward: ForwardPass, settled: Settled) -> Update:
+    """No update at all."""
+    none = forward.gradients([torch.zeros_like(v) for v in forward.v])
+    return Update(none, [torch.zeros_like(q) for q in forward.feedback], settled)
