@@ -46,13 +46,15 @@ class AlignmentMonitor(Callback):
     - ``alignment/feedback_to_transpose``, ``alignment/feedback_to_pseudoinverse``: angle of Q to Jᵀ, Jᵀ(JJᵀ + γI)⁻¹;
     - ``alignment/condition_3``: largest real part of the eigenvalues of −(JQ + α̃I), below zero where stable;
     - ``alignment/stability``: the same of the full network-and-controller matrix, if ``tau_ratio`` is given;
-    - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖.
+    - ``alignment/control_ratio/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖ / ‖Wr‖;
+    - ``alignment/control_effort/layer_1`` … ``layer_L`` and ``total``: ‖Qu‖², the mean over samples: the H that
+      Strong-DFC minimises.
 
     Of networks that are no chains of linear layers, the Gauss-Newton update, ``condition_1`` and ``stability`` are left
     out, and J and Q are taken at the units that feedback reaches: all of a layer's, or its channels. Layered feedback
     counts as the Q that it is to each sample. Of rules without feedback weights, all that is said of Q is left out,
-    DFC-SSA included; of those without a controller, ``condition_3``, ``stability`` and ``control_ratio``. Where α is
-    relative to the size of JQ, γ of the minimum-norm update is so too.
+    DFC-SSA included; of those without a controller, ``condition_3``, ``stability``, ``control_ratio`` and
+    ``control_effort``. Where α is relative to the size of JQ, γ of the minimum-norm update is so too.
 
     Args:
         every_n_steps: number of optimizer steps from one look to the next.
@@ -62,7 +64,7 @@ class AlignmentMonitor(Callback):
             matrix a sample, where the network has more than ``DENSE_UP_TO`` outputs.
         damping: γ of the Gauss-Newton and minimum-norm updates, and of the pseudoinverse; the paper has 0.1.
         conditions: whether to log the conditions beside the angles; None for those that are cheap: beyond
-            ``DENSE_UP_TO`` outputs only ``condition_1`` and ``control_ratio``.
+            ``DENSE_UP_TO`` outputs only ``condition_1``, ``control_ratio`` and ``control_effort``.
         tau_ratio: τ_v / τ_u for ``alignment/stability``, which takes the eigenvalues of a matrix as wide as the
             whole network for each sample: for small networks. None to leave it out.
 

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from dfc_lightning.metrics import (
     ConditionOne,
     ConditionTwo,
+    ControlEffort,
     ControlRatio,
     FeedbackAngle,
     StabilityEigenvalue,
@@ -54,6 +55,7 @@ class Conditions:
             self.metrics["condition_3"] = StabilityEigenvalue()
         if self.controller is not None:
             self.metrics["control_ratio"] = ControlRatio(forward.depth)
+            self.metrics["control_effort"] = ControlEffort(forward.depth)
             if tau_ratio is not None:
                 self.metrics["stability"] = StabilityEigenvalue()
 
@@ -89,7 +91,9 @@ class Conditions:
         if self.controller is not None and self.tau_ratio is not None:
             metrics["stability"].update(control_matrix(forward, self.controller, self.tau_ratio))
         if "control_ratio" in metrics and settled is not None:
-            metrics["control_ratio"].update(*_drives(forward, settled))
+            apical, basal = _drives(forward, settled)
+            metrics["control_ratio"].update(apical, basal)
+            metrics["control_effort"].update(apical)
 
     def compute(self) -> dict[str, Tensor]:
         """The values over all batches and ranks since the last call."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.nonlinearity import Nonlinearity, Tanh
+from dfc_lightning.operations.operation import constant
 from dfc_lightning.passes.dense import DenseDeviation, DensePass
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
@@ -155,8 +156,9 @@ class StrongChain(StrongDynamics):
         self._apical = offset.new_zeros(offset.shape[0], sum(forward.widths))
         self._feedback = forward.stacked_feedback.T
         self._link, self._label = link, offset + linked(link, forward.output)
-        biases = (b if b is None else b.to(v) for b, v in zip(forward.biases, forward.v))
-        self._biases = [v.new_zeros(()) if b is None else b for b, v in zip(biases, forward.v)]
+        self._biases = [
+            v.new_zeros(()) if b is None else constant(b, v.dtype) for b, v in zip(forward.biases, forward.v)
+        ]
         self._signals = [torch.empty_like(v) for v in forward.v]
         self._posts = [torch.zeros_like(v) for v in forward.v]
         self._products = [v.new_zeros(w.shape) for v, w in zip(forward.v, forward.weights)][1:]

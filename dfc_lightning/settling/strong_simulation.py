@@ -9,7 +9,7 @@ them, as in Meulemans et al. 2022.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ class StrongSimulation:
         sigma_output: that in the output layer; None for the same.
         tau_noise: time constant τ_ε / τ_u of coloured noise, at least ``dt``; None for white noise.
     """
+
+    chains_only: ClassVar[bool] = False
+    """Whether it is for chains of dense layers alone."""
 
     steps: int = 499
     dt: float = 1e-3

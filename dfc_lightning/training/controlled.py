@@ -125,6 +125,7 @@ class ControlledTraining(InStep):
         self.tracking: Tracking | None = None
         self._tracked: Any = None  # as saved, until training starts
         self.lesson: Lesson | None = None
+        self._batch_idx = 0
         self._known = False  # whether a batch has been run, by which the network is known
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
@@ -257,7 +258,8 @@ class ControlledTraining(InStep):
     def _seed_of_batch(self) -> int:
         """For a rule's own noise: the same in all processes, and when a run goes on."""
         assert self.network is not None and self._trainer is not None
-        return (self.network.seed + (self._trainer.fit_loop.total_batch_idx + 1) * 0xD1342543DE82EF95) % 2**63
+        place = self._trainer.current_epoch * 0x9E3779B97F4A7C15 + (self._batch_idx + 1) * 0xD1342543DE82EF95
+        return (self.network.seed + place) % 2**63
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -270,6 +272,7 @@ class ControlledTraining(InStep):
     def _before_batch(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None and self._trainer is not None
         refuse_compiled(self.lightning_module)  # perhaps by a callback, since the start
+        self._batch_idx = batch_idx
         stages, trainer = self.stages, self._trainer
         if trainer.world_size > 1:
             self._on_any([])

@@ -238,7 +238,8 @@ def test_wide_outputs_leave_out_what_is_dear():
     wide = Plain(lambda module, batch: module(batch[0]).square().mean())
     wide.net[4] = nn.Linear(8, 70)
     pages, _ = watched(AlignmentMonitor(1), module=wide, max_epochs=1)
-    assert {name.split("/")[0] for name in pages[1]} == {"backprop", "ssa", "condition_1", "control_ratio"}
+    cheap = {"backprop", "ssa", "condition_1", "control_ratio", "control_effort"}
+    assert {name.split("/")[0] for name in pages[1]} == cheap
 
 
 def test_bad_arguments_and_strategies_are_refused():

@@ -21,12 +21,14 @@ from dfc_lightning import Backprop, MinimumNorm, PIController
 from dfc_lightning.metrics import (
     ConditionOne,
     ConditionTwo,
+    ControlEffort,
     ControlRatio,
     FeedbackAngle,
     StabilityEigenvalue,
     UpdateAngle,
     condition_one,
     condition_two,
+    control_effort,
     control_matrix,
     control_ratio,
     feedback_angle,
@@ -255,6 +257,7 @@ CLASSES = {
         stability_eigenvalue,
         lambda c: (control_matrix(c.forward, CONTROLLER, 0.2),),
     ),
+    "control_effort": (lambda: ControlEffort(3), control_effort, lambda c: (c.forward.apical(c.loss_grad),)),
     "control_ratio": (
         lambda: ControlRatio(3),
         control_ratio,

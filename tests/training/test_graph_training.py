@@ -309,7 +309,7 @@ def test_alignment_of_a_network_that_is_no_chain(net, rule):
     if isinstance(rule, DFC):
         expected |= {f"ssa/{place}" for place in places}
         expected |= {"condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse", "condition_3"}
-        expected |= {f"control_ratio/{place}" for place in places}
+        expected |= {f"{name}/{place}" for name in ("control_ratio", "control_effort") for place in places}
     assert len(found) == BATCHES
     for row in found:
         values = {name.removeprefix("alignment/"): v for name, v in row.items() if name.startswith("alignment/")}

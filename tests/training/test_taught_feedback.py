@@ -16,7 +16,18 @@ from cases.interruptions import Interrupt, raise_at
 from cases.processes import Witnessed, digest, distance, fit, learned, on_all, spawn
 from torch import Tensor, nn
 
-from dfc_lightning import ControlledNetwork, Direct, FeedbackLearning, ForwardPass, Layerwise, LearningRule, Update
+from dfc_lightning import (
+    ControlledNetwork,
+    Direct,
+    FeedbackLearning,
+    ForwardPass,
+    Layerwise,
+    LearningRule,
+    StrongDFC,
+    StrongSampled,
+    Update,
+)
+from dfc_lightning.settling import StrongSimulation
 
 
 class Hebbian(LearningRule):
@@ -113,12 +124,20 @@ def convolutions() -> Witnessed:
     return module
 
 
+TOWARDS = StrongSampled(StrongSimulation(steps=6, dt=0.01, tau_ratio=0.05, apical_tau=0.1, sigma=0.15))
+STRONG = {
+    "rule": StrongDFC(StrongSimulation(steps=8, dt=0.01, tau_ratio=0.05, sigma=0.1, tau_noise=0.1)),
+    "feedback": FeedbackLearning(method=TOWARDS, initial_passes=1, passes_per_epoch=1, clip_norm=0.3, clip_each=True),
+}
+
 CASES: dict[str, tuple[Callable[[], Witnessed], dict[str, Any]]] = {
     "direct": (Witnessed, {"rule": Hebbian()}),
     "direct, in convolutions": (convolutions, {"rule": Hebbian(), "feedback": QUICK}),
     "direct, with feedback learning": (Witnessed, {"rule": Hebbian(), "feedback": PASSES}),
     "layerwise": (Witnessed, {"rule": Mirrored()}),
     "layerwise, in convolutions": (convolutions, {"rule": Mirrored()}),
+    "strong, with noise": (Witnessed, STRONG),
+    "strong, with noise, in convolutions": (convolutions, STRONG),
 }
 
 
