@@ -18,9 +18,10 @@ from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.rules.dfc import steady_gradients
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.link import LINKS, Link
+from dfc_lightning.settling.link import LINKS, Link, settle_linked
 from dfc_lightning.settling.noise import joint_draws
-from dfc_lightning.settling.settled import Settled
+from dfc_lightning.settling.settled import Settled, Settling
+from dfc_lightning.settling.steady_state import SteadyState
 from dfc_lightning.settling.strong_simulation import Run, StrongSimulation
 from dfc_lightning.settling.target import ClampedTarget
 
@@ -108,8 +109,12 @@ class TwoPhaseStrongDFC(LearningRule):
     ΔW_i ∝ (φ(v_i) − φ(v_i^ff)) r_{i−1}ᵀ as in :class:`DFC`, in gradient units with λ = 1. The feedback weights learn
     by ``DFCStrategy(feedback=FeedbackLearning(method=StrongSampled(…)))``, or by any other method.
 
+    The authors stop after a time T of half of τ_u, ``StrongSimulation()`` with α near zero and k_p = 2, far from the
+    steady state: e has hardly changed since the network followed the first control, so that u is about (k_p + T) e.
+    That is the steady state of a leak of 1/(k_p + T) on the control, which is solved for, by default.
+
     Args:
-        settling: the simulation.
+        settling: ``SteadyState``, or ``StrongSimulation`` for the way there.
         controller: the controller.
         link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
         plasticity: the postsynaptic factor.
@@ -117,15 +122,19 @@ class TwoPhaseStrongDFC(LearningRule):
 
     feedback: ClassVar[Direct] = Direct(init="xavier_normal", learned=True)
 
-    settling: StrongSimulation = field(default_factory=StrongSimulation)
-    controller: PIController = field(default_factory=_controller)
+    settling: Settling = field(default_factory=SteadyState)
+    controller: PIController = field(default_factory=lambda: PIController(alpha=0.4, leak="control"))
     link: Link = "softmax"
     plasticity: Plasticity = "rate_difference"
 
     def __post_init__(self) -> None:
         _check(self.link, self.plasticity)
+        remedy = "give SteadyState() or StrongSimulation(...); the others do not know the output's own nonlinearity"
+        known = isinstance(self.settling, (SteadyState, StrongSimulation))
+        require(known, "settling", type(self.settling).__name__, remedy)
+        sigma = self.settling.sigma if isinstance(self.settling, StrongSimulation) else 0.0
         remedy = "the forward phase of two has no noise; leave it at zero, or use StrongDFC"
-        require(self.settling.sigma == 0, "sigma", self.settling.sigma, remedy)
+        require(sigma == 0, "sigma", sigma, remedy)
 
     @property
     def control(self) -> Control:
@@ -134,7 +143,10 @@ class TwoPhaseStrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        settled = self.settling.run(forward, -loss_grad, self.link, self.controller).settled
+        if isinstance(self.settling, StrongSimulation):
+            settled = self.settling.run(forward, -loss_grad, self.link, self.controller).settled
+        else:
+            settled = settle_linked(self.settling, forward, -loss_grad, self.controller, self.link)
         counted = settled.counted(drop_unconverged=False)
         response = settled.response if counted.all() else settled.response.where(counted)
         return Update(steady_gradients(forward, response, self.plasticity, -1.0), settled=settled)

@@ -9,7 +9,7 @@ them, as in Meulemans et al. 2022.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import stacked_noise
 from dfc_lightning.settling.link import Link
-from dfc_lightning.settling.settled import Settled, Taught
+from dfc_lightning.settling.noise import joint_draws
+from dfc_lightning.settling.settled import Settled, Settling, Taught
 from dfc_lightning.settling.strong_dynamics import StrongDynamics, strong_dynamics
 from dfc_lightning.settling.time_step import TimeStep
 
@@ -46,7 +47,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StrongSimulation:
+class StrongSimulation(Settling):
     """Simulate ``steps`` Euler steps from the feedforward state towards the label; nothing is stored on the way.
 
     Transmission between layers is instantaneous. The authors stop long before the steady state, after half of τ_u: a
@@ -62,9 +63,6 @@ class StrongSimulation:
         sigma_output: that in the output layer; None for the same.
         tau_noise: time constant τ_ε / τ_u of coloured noise, at least ``dt``; None for white noise.
     """
-
-    chains_only: ClassVar[bool] = False
-    """Whether it is for chains of dense layers alone."""
 
     steps: int = 499
     dt: float = 1e-3
@@ -89,6 +87,13 @@ class StrongSimulation:
     def time_step(self) -> TimeStep:
         """The discretisation."""
         return TimeStep(self.dt, self.tau_ratio, self.apical_tau, proactive=self.proactive)
+
+    def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
+        """Simulate towards r_L* itself, g being the identity; see :class:`Settling`."""
+        draw = None
+        if self.sigma:
+            draw = joint_draws(int(torch.randint(2**62, ())), offset, sum(forward.widths))
+        return self.run(forward, offset, "identity", controller, draw).settled
 
     def run(
         self,

@@ -28,7 +28,7 @@ from dfc_lightning import (
 )
 from dfc_lightning.metrics import control_effort
 from dfc_lightning.network.judging import judged
-from dfc_lightning.settling import PIController, StrongSimulation
+from dfc_lightning.settling import Euler, PIController, SteadyState, StrongSimulation
 
 CALM = StrongSimulation(steps=40, dt=0.01, tau_ratio=0.05)
 NOISY = replace(CALM, sigma=0.02, sigma_output=0.03, tau_noise=0.1)
@@ -124,6 +124,34 @@ def test_it_is_no_backprop_in_disguise() -> None:
     torch.manual_seed(0)
     for rule in (TwoPhaseStrongDFC(CALM, PI), StrongDFC(NOISY, PI)):
         assert 20 < degrees(flat(rule.teach(case.forward, case.loss_grad)), true) < 90
+
+
+# Its steady state
+
+
+@pytest.mark.parametrize("case", ["tanh", "tanh_ce", "plain", "residual"])
+def test_the_steady_state_is_where_the_simulation_comes_to_rest(case: str) -> None:
+    net = GraphCase(case) if case in ("plain", "residual") else make(case, "random")
+    link = "identity" if case == "tanh" else "softmax"
+    pi = PIController(0.4, 0.5, leak="control")
+    found, way = (
+        TwoPhaseStrongDFC(settling, pi, link).teach(net.forward, net.loss_grad)
+        for settling in (SteadyState(), replace(LONG, steps=1500))
+    )
+    assert found.settled.converged.all() and found.settled.iterations < 30
+    assert close(found.settled.control, way.settled.control, 1e-8)
+    for mine, theirs in zip(found.gradients, way.gradients):  # a bias before a normalisation is taught nothing
+        assert close(torch.cat([t.flatten() for t in mine]), torch.cat([t.flatten() for t in theirs]), 1e-7)
+
+
+def test_a_leak_stands_for_half_a_time_constant_of_the_authors_dynamics() -> None:
+    """u ≈ (k_p + T) e after a time T in which the error has hardly changed."""
+    case = make(((30, 40, 40, 10), "tanh", "cross_entropy"), "random", batch=16)
+    theirs = flat(two_phase(case, settling=StrongSimulation(tau_ratio=0.02), controller=replace(PI, alpha=1e-3)))
+    assert degrees(flat(two_phase(case)), theirs) < 1
+    assert float(flat(two_phase(case)).norm() / theirs.norm()) == pytest.approx(1, abs=0.02)
+    at_rest = flat(two_phase(case, settling=LONG, controller=replace(PI, alpha=1e-3)))
+    assert degrees(at_rest, theirs) > 5 and at_rest.norm() > 1.5 * theirs.norm()
 
 
 # What it minimises
@@ -330,6 +358,7 @@ def test_samples_that_diverge_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda: StrongDFC(tau_f=1e-4), r"tau_f=0\.0001.*dt=0\.001"),
         (lambda: StrongDFC(plasticity="hebb"), "plasticity='hebb'"),
         (lambda: TwoPhaseStrongDFC(NOISY), r"sigma=0\.02.*StrongDFC"),
+        (lambda: TwoPhaseStrongDFC(Euler()), "settling='Euler'.*SteadyState"),
         (lambda: StrongSampled(CALM), r"sigma=0\.0.*above zero"),
         (lambda: StrongSampled(tau_f=1e-4), r"tau_f=0\.0001"),
         (lambda: StrongSimulation(steps=1), "steps=1"),
