@@ -112,6 +112,15 @@ def test_error_is_the_percentage_counted_by_hand():
     assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
+def test_a_smoothed_label_is_soft():
+    logits, y = torch.randn(10, 4), torch.randint(0, 4, (10,))
+    soft = torch.full((10, 4), 0.02).scatter(1, y.unsqueeze(1), 0.94)
+    found = Classifier(MLP([6, 4]), label_smoothing=0.08).loss(logits, (logits, y))
+    assert found.item() == pytest.approx(-(soft * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"label_smoothing=1.0"):
+        Classifier(MLP([6, 4]), label_smoothing=1.0)
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
