@@ -14,7 +14,19 @@ from cases.fits import NO_FEEDBACK, Innocent, Plain, clusters, loader, quiet, st
 from cases.paths import ROOT
 from torch import Tensor, nn
 
-from dfc_lightning import DFA, DFC, Backprop, ControlError, DFCStrategy, MinimumNorm
+from dfc_lightning import (
+    DFA,
+    DFC,
+    Backprop,
+    ControlError,
+    DFCStrategy,
+    FeedbackLearning,
+    MinimumNorm,
+    StrongDFC,
+    StrongSampled,
+    TwoPhaseStrongDFC,
+)
+from dfc_lightning.settling import StrongSimulation
 
 
 def refused(
@@ -311,7 +323,12 @@ RULES: dict[str, Any] = {
     "DFC, sampled passes": strategy,
     "DFA": lambda: DFCStrategy(rule=DFA()),
     "minimum norm": lambda: DFCStrategy(rule=MinimumNorm()),
+    "Strong-DFC": lambda: DFCStrategy(rule=StrongDFC(DRIVEN)),
+    "Strong-DFC, two phases": lambda: strategy(
+        rule=TwoPhaseStrongDFC(), feedback=FeedbackLearning(method=StrongSampled(DRIVEN))
+    ),
 }
+DRIVEN = StrongSimulation(steps=4, sigma=0.1)
 
 
 @pytest.mark.slow
