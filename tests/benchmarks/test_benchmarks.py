@@ -32,6 +32,7 @@ def benchmark(monkeypatch):
             ["--max-batch=32", "--max-width=64", "--max-depth=2", "--max-outputs=2"],
             ["batch size", "outputs n_L"],
         ),
+        ("strong_dfc", ["--steps=3"], ["two phases, steady state", "single phase, 3 steps, as any network"]),
         ("memory", ["--train-steps=3", "--euler-steps=2"], ["DFC, 2 steps", "feedback, Expected"]),
     ],
 )
