@@ -248,20 +248,23 @@ LEARNERS: dict[str, tuple[LearningRule, FeedbackLearning]] = {
 
 
 def conv() -> nn.Module:
+    """With batch statistics and dropout."""
     return nn.Sequential(
-        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 8, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)
-    )
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 8, 2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Dropout(0.1), nn.Linear(96, 3),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.parametrize("net", ["chain", "convolutional"])
+@pytest.mark.parametrize("net", ["chain", "chain, bf16-mixed", "convolutional"])
 def test_it_learns_what_holds_for_data_it_has_not_seen(name: str, net: str) -> None:
     rule, learning = LEARNERS[name]
     module = Innocent(lr=0.01)
     if net == "convolutional":
         module.net = conv()
     s = strategy(rule=rule, feedback=learning)
-    quiet(s, max_epochs=3).fit(module, loader(clusters(size=320), batch_size=16))
+    precision = "bf16-mixed" if net.endswith("mixed") else "32-true"
+    quiet(s, max_epochs=3, precision=precision).fit(module, loader(clusters(size=320), batch_size=16))
     x, y = clusters(size=400, seed=5)[:]
     assert (module.eval()(x).argmax(1) == y).float().mean() > 0.9
     assert s.learner.steps == (20 + 3 * 20 if name == "single phase" else 4 * 20)
@@ -278,15 +281,20 @@ def test_as_it_comes_it_learns(rule: LearningRule) -> None:
 # Feedback passes that know the loss
 
 
-def test_a_pass_sees_the_gradient_of_each_samples_own_loss_and_leaves_no_trace() -> None:
-    module = Innocent().double()
+@pytest.mark.parametrize(
+    "net", [lambda: Innocent().net, lambda: conv()[:-2].append(nn.Linear(96, 3))], ids=["chain", "batch statistics"]
+)
+def test_a_pass_sees_the_gradient_of_each_samples_own_loss_and_leaves_no_trace(net: Callable[[], nn.Module]) -> None:
+    module = Innocent()
+    module.net = net()
+    module.double()
     x, y = clusters(size=8, dtype=torch.float64)[:]
-    before = {k: v.clone() for k, v in module.state_dict().items()}
 
     def loss(reduction: str) -> Tensor:
         return F.cross_entropy(module(x), y, reduction=reduction)
 
     output = module(x).detach().requires_grad_()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
     (true,) = torch.autograd.grad(F.cross_entropy(output, y, reduction="sum"), output)
     network = ControlledNetwork(module, "net")
     for reduction in ("mean", "sum"):
