@@ -9,8 +9,7 @@ update is no product of the two at all.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,8 +41,6 @@ class Lesson:
         """∂ℓ_b/∂r_L of each sample's own loss, (B, n_L), once a backward pass has reached it."""
         self.update: Update | None = None
         """What the rule made of it; the gradients in it have been given away."""
-        self.seed: int | None = None
-        """What a rule's own random numbers are seeded by; None for torch's generator as it is."""
         self._points: Sequence[ControlPoint] = ()
         self._scale: Tensor | None = None
         self._versions: list[int] = []
@@ -105,8 +102,7 @@ class Lesson:
         share = samples if self.loss_reduction == "mean" else 1
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
-            with _seeded(self.seed):
-                self.update = self._complete(self.rule.teach(forward, self.loss_grad))
+            self.update = self._complete(self.rule.teach(forward, self.loss_grad))
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
             return [
@@ -132,20 +128,6 @@ class Lesson:
                 f"parameters have {needed}. Return what forward.gradients(signals) gives, with one signal a point."
             )
         return taught
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Let torch's generator on the CPU start from ``seed`` inside, and be as it was outside; with None do nothing."""
-    if seed is None:
-        yield
-        return
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
 
 
 class _Gate(torch.autograd.Function):

@@ -16,13 +16,11 @@ from dfc_lightning.errors import require
 from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
-from dfc_lightning.rules.dfc import steady_gradients
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.link import LINKS, Link, settle_linked
-from dfc_lightning.settling.noise import joint_draws
 from dfc_lightning.settling.settled import Settled, Settling
 from dfc_lightning.settling.steady_state import SteadyState
-from dfc_lightning.settling.strong_simulation import Run, StrongSimulation
+from dfc_lightning.settling.strong_simulation import Draw, Run, StrongSimulation, draws
 from dfc_lightning.settling.target import ClampedTarget
 
 
@@ -74,25 +72,22 @@ class StrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        seed = int(torch.randint(2**62, ()))
-        run = self._run(forward, loss_grad, seed)
+        run = self._run(forward, loss_grad, draws(forward, loss_grad))
         counted = run.settled.counted(drop_unconverged=False)
         settled, share = run.settled, 1.0
         if not counted.all():  # once more without the diverged, and with the same noise
             share = int(counted.sum()) / forward.batch_size
             if not share:
                 return _nothing(forward, settled)
-            run = self._run(forward.samples(counted), loss_grad, seed, counted)
+            run = self._run(forward.samples(counted), loss_grad[counted], draws(forward, loss_grad, counted))
         assert run.taught is not None and run.feedback is not None
         taught = [[t * -share for t in each] for each in run.taught]
         return Update(taught, [q * share for q in run.feedback], settled)
 
-    def _run(self, forward: ForwardPass, loss_grad: Tensor, seed: int, keep: Tensor | None = None) -> Run:
-        draw = joint_draws(seed, loss_grad, sum(forward.widths), keep)
-        offset = -loss_grad if keep is None else -loss_grad[keep]
+    def _run(self, forward: ForwardPass, loss_grad: Tensor, draw: Draw) -> Run:
         return self.settling.run(
             forward,
-            offset,
+            -loss_grad,
             self.link,
             self.controller,
             draw,
@@ -149,7 +144,8 @@ class TwoPhaseStrongDFC(LearningRule):
             settled = settle_linked(self.settling, forward, -loss_grad, self.controller, self.link)
         counted = settled.counted(drop_unconverged=False)
         response = settled.response if counted.all() else settled.response.where(counted)
-        return Update(steady_gradients(forward, response, self.plasticity, -1.0), settled=settled)
+        signals = forward.postsynaptic(response, self.plasticity)
+        return Update(forward.gradients(signals, forward.heard(response), scale=-1.0), settled=settled)
 
 
 def _check(link: Link, plasticity: Plasticity) -> None:

@@ -8,7 +8,7 @@ them, as in Meulemans et al. 2022.
 # Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,6 @@ from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import stacked_noise
 from dfc_lightning.settling.link import Link
-from dfc_lightning.settling.noise import joint_draws
 from dfc_lightning.settling.settled import Settled, Settling, Taught
 from dfc_lightning.settling.strong_dynamics import StrongDynamics, strong_dynamics
 from dfc_lightning.settling.time_step import TimeStep
@@ -30,6 +29,23 @@ Draw: TypeAlias = Callable[[], Tensor]
 
 LEAST_SIGMA = 0.01
 """The standard deviation by whose square the gradient of feedback weights is divided at least."""
+
+
+def draws(forward: ForwardPass, like: Tensor, keep: Tensor | None = None) -> Draw:
+    """The noise that is the batch's own, the same from the beginning at each call.
+
+    Args:
+        forward: the pass of all samples.
+        like: in whose dtype.
+        keep: which samples draws are for, (B,) bool, each given those that it has among all; None for all.
+    """
+    chance, shape = replace(forward.chance), (forward.batch_size, sum(forward.widths))
+
+    def draw() -> Tensor:
+        drawn = chance.of_samples(shape)
+        return (drawn if keep is None else drawn[keep]).to(like.dtype)
+
+    return draw
 
 
 class Run(NamedTuple):
@@ -90,10 +106,7 @@ class StrongSimulation(Settling):
 
     def settle(self, forward: ForwardPass, offset: Tensor, controller: PIController) -> Settled:
         """Simulate towards r_L* itself, g being the identity; see :class:`Settling`."""
-        draw = None
-        if self.sigma:
-            draw = joint_draws(int(torch.randint(2**62, ())), offset, sum(forward.widths))
-        return self.run(forward, offset, "identity", controller, draw).settled
+        return self.run(forward, offset, "identity", controller, draws(forward, offset)).settled
 
     def run(
         self,

@@ -237,10 +237,9 @@ class ControlledTraining(InStep):
             rank_zero_warn("The first batch has no samples, from which the network could be known. It is skipped.")
             return None
         assert self._trainer is not None
-        self.network.lessons = self._trainer.fit_loop.total_batch_idx
+        self.network.lessons = (self._trainer.current_epoch << 32) + self._batch_idx  # also where a run goes on
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
-                lesson.seed = self._seed_of_batch()
                 output = super().training_step(*args, **kwargs)
                 if output is None:
                     raise _BatchSkipped
@@ -254,12 +253,6 @@ class ControlledTraining(InStep):
             self._loss = loss.detach()
         self.lesson, self._known = lesson, True
         return output
-
-    def _seed_of_batch(self) -> int:
-        """For a rule's own noise: the same in all processes, and when a run goes on."""
-        assert self.network is not None and self._trainer is not None
-        place = self._trainer.current_epoch * 0x9E3779B97F4A7C15 + (self._batch_idx + 1) * 0xD1342543DE82EF95
-        return (self.network.seed + place) % 2**63
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

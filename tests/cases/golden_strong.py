@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from cases.golden import FOLDER
 from dfc_lightning.operations.nonlinearity import Identity, Tanh
 from dfc_lightning.passes import DensePass, Layers
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.settling import PIController, StrongSimulation
 
 DEPTH = 3
@@ -102,6 +103,17 @@ class Strong:
             return torch.cat([noise[step] for noise in self.layers("noise", mode)], dim=1)
 
         return draw
+
+    def chance(self, mode: str) -> Chance:
+        """The same as what a rule draws."""
+        case = self
+
+        class Given(Chance):
+            @cached_property
+            def of_samples(self) -> Any:  # begins anew in each copy
+                return case.draws(mode)
+
+        return Given(0, 0)
 
 
 @cache

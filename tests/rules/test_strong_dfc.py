@@ -14,7 +14,6 @@ from cases.fits import Innocent, clusters, loader, quiet, strategy, weights
 from cases.graphs import GraphCase
 from torch import Tensor, nn
 
-import dfc_lightning.rules.strong_dfc as strong_dfc
 from dfc_lightning import (
     Backprop,
     ControlError,
@@ -28,6 +27,7 @@ from dfc_lightning import (
 )
 from dfc_lightning.metrics import control_effort
 from dfc_lightning.network.judging import judged
+from dfc_lightning.passes.chance import Chance
 from dfc_lightning.settling import Euler, PIController, SteadyState, StrongSimulation
 
 CALM = StrongSimulation(steps=40, dt=0.01, tau_ratio=0.05)
@@ -342,19 +342,23 @@ def test_each_gradient_is_clipped_by_itself() -> None:
 # What is amiss
 
 
-def test_samples_that_diverge_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+class Silent(Chance):
+    def of_samples(self, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(*shape)
+
+
+def test_samples_that_diverge_teach_nothing() -> None:
     case = make("tanh", "random")
-    monkeypatch.setattr(strong_dfc, "joint_draws", lambda seed, like, width, keep=None: (
-        lambda: torch.zeros(len(like) if keep is None else int(keep.sum()), width).to(like)))  # fmt: skip
+    forward = case.forward.with_chance(Silent(0, 0))
     grad, rest = case.loss_grad.clone(), torch.tensor([True, True, False, True, True])
     grad[2] = 1e308
     for rule in (TwoPhaseStrongDFC(CALM, PI, "identity"), StrongDFC(NOISY, PI, "identity")):
-        found = rule.teach(case.forward, grad)
-        without = rule.teach(case.forward.samples(rest), grad[rest])
+        found = rule.teach(forward, grad)
+        without = rule.teach(forward.samples(rest), grad[rest])
         assert close(flat(found), 0.8 * flat(without), 1e-12)
         for mine, theirs in zip(found.feedback or [], without.feedback or []):
             assert close(mine, 0.8 * theirs, 1e-12)
-        none = rule.teach(case.forward, torch.full_like(grad, 1e308))
+        none = rule.teach(forward, torch.full_like(grad, 1e308))
         assert all(not t.any() for t in [*none.weights, *none.biases, *(none.feedback or [])])
 
 

@@ -12,7 +12,6 @@ from cases.golden import relative_error
 from cases.golden_strong import strong
 from torch import Tensor
 
-import dfc_lightning.rules.strong_dfc as strong_dfc
 from dfc_lightning.feedback_learning import StrongSampled
 from dfc_lightning.rules import StrongDFC, TwoPhaseStrongDFC
 from dfc_lightning.settling import strong_simulation
@@ -55,13 +54,12 @@ def test_every_state_on_the_way_equals_the_reference(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", SINGLE)
-def test_one_simulation_teaches_both_weights_as_the_reference_does(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_simulation_teaches_both_weights_as_the_reference_does(mode: str) -> None:
     case = strong()
-    monkeypatch.setattr(strong_dfc, "joint_draws", lambda *args: case.draws(mode))
     rule = StrongDFC(
         case.simulation(mode), case.controller(mode), case.link(mode), case.tau_f(mode), case.layer_gain(mode)
     )
-    update = rule.teach(case.forward, case.loss_grad(mode))
+    update = rule.teach(case.forward.with_chance(case.chance(mode)), case.loss_grad(mode))
     for ours, parameter in ((update.weights, "gW"), (update.biases, "gb")):
         for mine, theirs in zip(ours, case.layers(parameter, mode), strict=True):
             assert relative_error(2 * mine, theirs) < TOLERANCE, parameter
