@@ -11,7 +11,7 @@ from dfc_lightning.errors import ControlError, require
 from dfc_lightning.feedback_learning.method import FeedbackMethod, Noise
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.link import LINKS, Link
+from dfc_lightning.settling.link import LINKS, Link, refuse_other_losses
 from dfc_lightning.settling.strong_simulation import StrongSimulation
 
 
@@ -77,6 +77,7 @@ class _Towards(FeedbackMethod):
 
     def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
         method, shape = self.method, (forward.batch_size, sum(forward.widths))
+        refuse_other_losses(method.link, forward, self.loss_grad)
         simulation = method.settling
         found = simulation.run(
             forward,

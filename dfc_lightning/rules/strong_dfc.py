@@ -17,7 +17,7 @@ from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, U
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.link import LINKS, Link, settle_linked
+from dfc_lightning.settling.link import LINKS, Link, refuse_other_losses, settle_linked
 from dfc_lightning.settling.settled import Settled, Settling
 from dfc_lightning.settling.steady_state import SteadyState
 from dfc_lightning.settling.strong_simulation import Draw, Run, StrongSimulation, draws
@@ -72,6 +72,7 @@ class StrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
+        refuse_other_losses(self.link, forward, loss_grad)
         run = self._run(forward, loss_grad, draws(forward, loss_grad))
         counted = run.settled.counted(drop_unconverged=False)
         settled, share = run.settled, 1.0
@@ -138,6 +139,7 @@ class TwoPhaseStrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
+        refuse_other_losses(self.link, forward, loss_grad)
         if isinstance(self.settling, StrongSimulation):
             settled = self.settling.run(forward, -loss_grad, self.link, self.controller).settled
         else:

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from dfc_lightning.errors import ControlError
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.settled import Settled, Settling
@@ -14,10 +15,30 @@ from dfc_lightning.settling.settled import Settled, Settling
 Link = Literal["softmax", "identity"]
 LINKS = ("softmax", "identity")
 
+ROUNDING = 0.05
+"""By how much a label may leave the probabilities that it is to be, after gradients in bfloat16."""
+
 
 def linked(link: Link, output: Tensor) -> Tensor:
     """g(r_L), (B, n_L)."""
     return torch.softmax(output, dim=1) if link == "softmax" else output
+
+
+def refuse_other_losses(link: Link, forward: ForwardPass, loss_grad: Tensor) -> None:
+    """Raise a :class:`ControlError` if the labels behind ∂ℓ_b/∂r_L, (B, n_L), are no probabilities, as they have to be.
+
+    By cross entropy ∂ℓ_b/∂r_L = g(r_L) − y. Of squared errors any label is as good as another.
+    """
+    if link == "identity":
+        return
+    label = linked(link, forward.output) - loss_grad
+    sound = (label.min() > -ROUNDING) & (label.sum(1) - 1).abs().max().lt(ROUNDING)
+    if not bool(sound):
+        raise ControlError(
+            "The loss is not the cross entropy of the network's outputs as logits, each sample's with weight one: the "
+            f"labels that its gradient tells of would be {label[0].tolist()} in the first sample. Give the rule "
+            "link='identity' if it is half a squared error, or train by DFC(), which takes any loss."
+        )
 
 
 def settle_linked(

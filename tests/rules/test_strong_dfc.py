@@ -385,6 +385,37 @@ def test_settings_without_sense_are_refused(make_it: Callable[[], Any], message:
         make_it()
 
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared": lambda r, y: (r - F.one_hot(y, 3)).square().sum(1).mean(),
+    "weighted": lambda r, y: F.cross_entropy(r, y, weight=torch.tensor([1.0, 9.0, 1.0]).to(r), reduction="sum") / 8,
+    "of each class": lambda r, y: F.binary_cross_entropy_with_logits(r, F.one_hot(y, 3).to(r)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_loss_that_is_no_cross_entropy_is_refused(loss: str, passes: bool) -> None:
+    class Other(Innocent):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return LOSSES[loss](self(batch[0]), batch[1])
+
+    learning = replace(SHORT_PASSES, initial_passes=int(passes), passes_per_epoch=0)
+    with pytest.raises(ControlError, match=r"(?s)not the cross entropy.*link='identity'.*DFC\(\)"):
+        quiet(strategy(rule=TwoPhaseStrongDFC(), feedback=learning)).fit(Other(), loader())
+
+
+def test_with_its_own_link_a_squared_error_is_learned() -> None:
+    class Squared(Innocent):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 0.5 * (self(batch[0]) - F.one_hot(batch[1], 3)).square().sum(1).mean()
+
+    module = Squared(lr=0.01)
+    rule = TwoPhaseStrongDFC(link="identity")
+    quiet(strategy(rule=rule), max_epochs=3).fit(module, loader(clusters(size=320), batch_size=16))
+    x, y = clusters(size=400, seed=5)[:]
+    assert (module.eval()(x).argmax(1) == y).float().mean() > 0.9
+
+
 def test_a_pass_without_a_label_is_refused() -> None:
     network = ControlledNetwork(Innocent().net, seed=0)
     learner = FeedbackLearner(network, FeedbackLearning(StrongSampled()))
