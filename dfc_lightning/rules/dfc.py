@@ -98,7 +98,10 @@ class DFC(LearningRule):
         settled = self.settling.settle(relative, offset, self.controller)
         counted = settled.counted(drop)
         response = settled.response if counted.all() else settled.response.where(counted)
-        signals = forward.postsynaptic(response, self.plasticity)
+        if forward.layered and self.plasticity == "voltage_difference":
+            signals = list(response.driven)  # which are zero where a unit loses in pooling
+        else:
+            signals = forward.postsynaptic(response, self.plasticity)
         if (unit := relative.unit) is not None:
             driven = joint_norm(response.driven)
             sizes = torch.where(driven > 0, unit.drive / driven, 1.0)

@@ -1,0 +1,113 @@
+"""What does a whole training step of ``DFCStrategy()`` cost through the Trainer, in units of one by backprop?
+
+    python benchmarks/training_steps.py --threads 1
+
+Optimizer, feedback learning and logging included, on synthetic images. The strategies take turns, and the figure is the
+ratio of the fastest rounds; the pass of feedback learning before the first step is left out, and told apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dfc_lightning import DFC, DFCStrategy
+from dfc_lightning.models import MLP, LeNet, ResNet
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "784-256-256-256-10": (lambda: MLP([784, 256, 256, 256, 10], "tanh"), (784,)),
+    "LeNet": (LeNet, (1, 28, 28)),
+    "ResNet-8": (lambda: ResNet(blocks=1), (3, 32, 32)),
+}
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "backprop": lambda: "auto",
+    "DFCStrategy()": DFCStrategy,
+    "DFCStrategy(DFC())": lambda: DFCStrategy(DFC()),
+}
+
+
+class Module(L.LightningModule):
+    """A classifier of ten classes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The batch's loss, logged."""
+        loss = F.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Clock(L.Callback):
+    """Seconds of each training step after the first."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._then: float | None = None
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """From the end of one batch to the end of the next."""
+        now = time.perf_counter()
+        if self._then is not None:
+            self.steps.append(now - self._then)
+        self._then = now
+
+
+def run(network: nn.Module, shape: tuple[int, ...], strategy: Any, steps: int, batch: int) -> list[float]:
+    """Seconds of the steps of a short fit."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(steps * batch, *shape), torch.randint(10, (steps * batch,)))
+    clock = Clock()
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        strategy=strategy,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(network), DataLoader(data, batch))
+    return clock.steps
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__, repeats=5)
+    parser.add_argument("--batch", default=128, type=int, help="batch size")
+    parser.add_argument("--steps", default=20, type=int, help="steps of each round")
+    options = harness.parse(parser, None)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    print(
+        f"| network | backprop, ms | {' | '.join(list(STRATEGIES)[1:])} |\n|---|--:|" + "--:|" * (len(STRATEGIES) - 1)
+    )
+    for name, (make, shape) in NETS.items():
+        fastest = dict.fromkeys(STRATEGIES, float("inf"))
+        for _ in range(options.repeats):
+            for kind, strategy in STRATEGIES.items():
+                steps = run(make(), shape, strategy(), options.steps, options.batch)
+                fastest[kind] = min(fastest[kind], sorted(steps)[len(steps) // 4])
+        base = fastest["backprop"]
+        ratios = " | ".join(f"{fastest[kind] / base:.2f}" for kind in list(STRATEGIES)[1:])
+        print(f"| {name} | {1000 * base:.1f} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
