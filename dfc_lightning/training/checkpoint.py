@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dfc_lightning.errors import ControlError
 from dfc_lightning.feedback_learning.learner import FeedbackLearner, FeedbackLearning
 from dfc_lightning.network.controlled_network import ControlledNetwork
-from dfc_lightning.network.learning_rule import LearningRule
+from dfc_lightning.network.learning_rule import Layerwise, LearningRule
 from dfc_lightning.training.stages import StageProgress
 
 CHECKPOINT_KEY = "dfc_lightning"
@@ -61,12 +61,15 @@ def read_checkpoint(read: Callable[..., Any], path: Any, *args: Any, **kwargs: A
     return checkpoint
 
 
-def rehearse(state: Any, network: ControlledNetwork, rule: LearningRule, learning: FeedbackLearning | None) -> None:
+def rehearse(
+    checkpoint: Mapping[str, Any], network: ControlledNetwork, rule: LearningRule, learning: FeedbackLearning | None
+) -> None:
     """Load feedback weights and learning, as saved in a checkpoint, into ``network``, which is thrown away afterwards.
 
     Raises:
         ControlError: they are not what this package saves, or belong to another network or other settings.
     """
+    state = checkpoint[CHECKPOINT_KEY]
     try:
         missing = {"seed", "feedback", "learner", "stages"} - set(state)
         if missing:
@@ -82,6 +85,10 @@ def rehearse(state: Any, network: ControlledNetwork, rule: LearningRule, learnin
             for k, moments in ((state["learner"]["optimizer"] or {}).get("state", {})).items():
                 for name in {"exp_avg", "exp_avg_sq"} & set(moments):
                     _check_values(f"{name} of feedback weight {k}", moments[name])
+        if isinstance(rule.feedback, Layerwise) and rule.feedback.tracking is not None and state.get("tracking"):
+            _check_tracking(state["tracking"], checkpoint.get("optimizer_states", []), state["feedback"])
+        elif state.get("tracking") is not None and state["feedback"]:
+            raise KeyError("tracking is empty: the optimizer's state for the feedback weights is gone")
         if state["stages"] is not None:
             _check_stages(StageProgress(**state["stages"]))
     except (ControlError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -90,6 +97,25 @@ def rehearse(state: Any, network: ControlledNetwork, rule: LearningRule, learnin
             "the strategy it was saved with, or remove the entry to start feedback learning anew. In particular: "
             f"{error.args[0] if error.args else error}"
         ) from error
+
+
+def _check_tracking(tracking: Any, optimizer_states: Sequence[Any], feedback: Mapping[str, Tensor]) -> None:
+    """Of each optimizer, the state of that which goes its way for the feedback weights."""
+    if not isinstance(tracking, Sequence) or len(tracking) != len(optimizer_states):
+        raise ValueError(f"tracking is of {len(tracking)} optimizers, not of {len(optimizer_states)}")
+    shapes = {tuple(b.shape) for b in feedback.values()}
+    for own, leader in zip(tracking, optimizer_states):
+        names = {name for each in leader["state"].values() for name in each}
+        for k, moments in own.get("state", {}).items():
+            if names and set(moments) != names:
+                raise KeyError(
+                    f"tracking is of another optimizer, whose state has {sorted(moments)}, not {sorted(names)}"
+                )
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.dim():
+                    _check_values(f"tracking, {name} of {k},", value)
+                    if tuple(value.shape) not in shapes:
+                        raise ValueError(f"tracking, {name} of {k}, has the shape {tuple(value.shape)} of no weight")
 
 
 def _check_values(what: str, values: Any) -> None:
