@@ -111,7 +111,7 @@ class TwoPhaseStrongDFC(LearningRule):
 
     Args:
         settling: ``SteadyState``, or ``StrongSimulation`` for the way there.
-        controller: the controller.
+        controller: the controller; None for that leak if ``settling`` solves, and for the authors' if it simulates.
         link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
         plasticity: the postsynaptic factor.
     """
@@ -119,7 +119,7 @@ class TwoPhaseStrongDFC(LearningRule):
     feedback: ClassVar[Direct] = Direct(init="xavier_normal", learned=True)
 
     settling: Settling = field(default_factory=SteadyState)
-    controller: PIController = field(default_factory=lambda: PIController(alpha=0.4, leak="control"))
+    controller: PIController | None = None
     link: Link = "softmax"
     plasticity: Plasticity = "rate_difference"
 
@@ -135,15 +135,21 @@ class TwoPhaseStrongDFC(LearningRule):
     @property
     def control(self) -> Control:
         """Controller, target and plasticity."""
-        return Control(self.controller, ClampedTarget(), self.plasticity)
+        controller = self.controller
+        if controller is None:
+            simulated = isinstance(self.settling, StrongSimulation)
+            controller = _controller() if simulated else PIController(alpha=0.4, leak="control")
+        return Control(controller, ClampedTarget(), self.plasticity)
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
         refuse_other_losses(self.link, forward, loss_grad)
+        controller = self.control.controller
+        assert controller is not None
         if isinstance(self.settling, StrongSimulation):
-            settled = self.settling.run(forward, -loss_grad, self.link, self.controller).settled
+            settled = self.settling.run(forward, -loss_grad, self.link, controller).settled
         else:
-            settled = settle_linked(self.settling, forward, -loss_grad, self.controller, self.link)
+            settled = settle_linked(self.settling, forward, -loss_grad, controller, self.link)
         counted = settled.counted(drop_unconverged=False)
         response = settled.response if counted.all() else settled.response.where(counted)
         signals = forward.postsynaptic(response, self.plasticity)

@@ -147,7 +147,8 @@ def test_the_steady_state_is_where_the_simulation_comes_to_rest(case: str) -> No
 def test_a_leak_stands_for_half_a_time_constant_of_the_authors_dynamics() -> None:
     """u ≈ (k_p + T) e after a time T in which the error has hardly changed."""
     case = make(((30, 40, 40, 10), "tanh", "cross_entropy"), "random", batch=16)
-    theirs = flat(two_phase(case, settling=StrongSimulation(tau_ratio=0.02), controller=replace(PI, alpha=1e-3)))
+    theirs = flat(two_phase(case, settling=StrongSimulation(tau_ratio=0.02)))
+    assert TwoPhaseStrongDFC(StrongSimulation()).control.controller == replace(PI, alpha=1e-3)
     assert degrees(flat(two_phase(case)), theirs) < 1
     assert float(flat(two_phase(case)).norm() / theirs.norm()) == pytest.approx(1, abs=0.02)
     at_rest = flat(two_phase(case, settling=LONG, controller=replace(PI, alpha=1e-3)))
