@@ -35,6 +35,7 @@ NOISY = replace(CALM, sigma=0.02, sigma_output=0.03, tau_noise=0.1)
 PI = PIController(0.01, 2.0, leak="control")
 LONG = StrongSimulation(steps=4000, dt=0.05, tau_ratio=0.1)
 """Until all is at rest."""
+EXACT = SteadyState(rtol=1e-12)
 STILL = PIController(0.2, 0.5, leak="control")
 
 
@@ -174,7 +175,7 @@ def at_the_label(case: Case, response: Any) -> Tensor:
 
 def effort(case: Case) -> Tensor:
     """H = ½‖Qu‖² in the mean over samples."""
-    settled = two_phase(case, settling=LONG, controller=STILL).settled
+    settled = two_phase(case, settling=EXACT, controller=STILL).settled
     assert (settled.residual < 1e-9).all()
     return 0.5 * control_effort(case.forward.apical(settled.control))["total"]
 
@@ -188,7 +189,7 @@ def moved(case: Case, direction: Sequence[Tensor], step: float) -> Case:
 def test_the_gradient_of_the_control_is_what_the_theorem_says(name: str) -> None:
     """∂H/∂W_i = −uᵀQᵀQ (JQ + αI)⁻¹ J_i r_{i−1}ᵀ (Meulemans et al. 2022), against finite differences of H itself."""
     case = make(name, "weight_product", batch=3)
-    settled = two_phase(case, settling=LONG, controller=STILL).settled
+    settled = two_phase(case, settling=EXACT, controller=STILL).settled
     u, q = settled.control, case.forward.stacked_feedback
     j = at_the_label(case, settled.response)
     inner = j @ q + STILL.alpha * torch.eye(len(u[0]), dtype=u.dtype)
@@ -207,9 +208,9 @@ def test_with_feedback_in_the_row_space_the_update_descends_the_control() -> Non
     """With Q = Jᵀ at the controlled state and a small α, the change of the voltages is −∂H/∂v itself."""
     case, pi = make("tanh", "weight_product", batch=1), replace(STILL, alpha=1e-6)
     for _ in range(12):
-        response = two_phase(case, settling=LONG, controller=pi).settled.response
+        response = two_phase(case, settling=EXACT, controller=pi).settled.response
         case = case.with_feedback(at_the_label(case, response)[0].T.contiguous())
-    update = two_phase(case, settling=LONG, controller=pi, plasticity="voltage_difference")
+    update = two_phase(case, settling=EXACT, controller=pi, plasticity="voltage_difference")
     settled = update.settled
     rows, q = settled.control @ case.forward.stacked_feedback.T, case.forward.stacked_feedback
     j = at_the_label(case, settled.response)[0]
