@@ -345,7 +345,7 @@ def test_the_control_ratio_is_that_of_the_apical_to_the_basal_drive():
         loss = nn.functional.cross_entropy(network(x), y)
     loss.backward()
     conditions = Conditions(DFC(), lesson.forward)
-    conditions.update(lesson.forward, lesson.settled)
+    conditions.update(lesson.forward, lesson.loss_grad, lesson.settled)
     found, u, qs = conditions.compute(), lesson.settled.control, [q.detach() for q in network.feedback]
 
     def ratio(q: Tensor, positions: int, basal: Tensor) -> float:
