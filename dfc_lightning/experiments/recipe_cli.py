@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
-import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -21,44 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.experiments.checkpoints import require_checkpoint
-from dfc_lightning.experiments.composition import BASE, composed
 from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
+from dfc_lightning.experiments.in_effect import SaveConfig, laid, layers, without_printing
 from dfc_lightning.experiments.published import Published
-from dfc_lightning.experiments.reading import CompositionError, check_bounds, parse_settings
+from dfc_lightning.experiments.recipe_parser import RecipeParser, bounded_reading, without_branches
 from dfc_lightning.experiments.versions import claim_version
-
-
-class RecipeParser(LightningArgumentParser):
-    """Takes options by their full names only, and says what is wrong without a page of usage before it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """Parse a config, laid over its bases; relative to the working directory, which is the file's meanwhile."""
-        name = str(path) or "the config"
-        try:
-            tree = parse_settings(content, name)
-            if isinstance(tree, dict) and BASE in tree:
-                content = yaml.safe_dump(composed(tree, ".", name), sort_keys=False)
-        except CompositionError as error:
-            self.error(str(error), error)
-        return super().parse_string(content, path, *args, **kwargs)
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config's file."""
-        try:
-            return super().parse_path(cfg_path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            self.error(f"--config={cfg_path}: it is no text ({error.reason}); give a recipe in YAML.", error)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with code 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        command = getattr(ex, "subcommand_parser", None) or self
-        program = command.prog.replace(" [options]", "")
-        self.exit(2, f"error: {_without_branches(message)}\ntip: {program} --help lists the options.\n")
 
 
 class RecipeCLI(LightningCLI):
@@ -81,9 +49,10 @@ class RecipeCLI(LightningCLI):
         self._failure: Exception | None = None
         self._claimed: list[Path] = []
         every = {name: {"exit_on_error": exit_on_error} for name in self.subcommands()}
-        with self._ending(), _bounded_reading():
+        with self._ending(), bounded_reading():
             super().__init__(
                 pl.LightningModule,
+                save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={"callbacks": list(callbacks)},
                 seed_everything_default=0,
@@ -101,7 +70,7 @@ class RecipeCLI(LightningCLI):
         try:
             yield
         except ArgumentError as error:
-            raise RecipeError(_without_branches(str(error))) from error
+            raise RecipeError(without_branches(str(error))) from error
         except (KeyboardInterrupt, SystemExit) as error:
             number = stopping_signal(error)
             if number is None:
@@ -114,11 +83,25 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and see that the checkpoint can be opened, which Lightning does next, for its hyperparameters."""
-        super().parse_arguments(parser, args)
+        if isinstance(args, (dict, Namespace)):
+            super().parse_arguments(parser, args)
+        else:
+            self.config = self._parsed(parser, list(sys.argv[1:] if args is None else args))
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path and Path(path).is_file():
             require_checkpoint(Path(path))
+
+    def _parsed(self, parser: LightningArgumentParser, words: list[str]) -> Namespace:
+        """What the words say, laid over what is in effect where they are silent, which is known by parsing them."""
+        silent = without_printing(words)
+        config = parser.parse_args(silent)
+        command = config.get("subcommand")
+        if not command:
+            return config
+        at = words.index(command) + 1
+        whole = [*words[:at], *laid(layers(config[command].trainer.strategy), words[at:])]
+        return config if whole == silent else parser.parse_args(whole)
 
     def _parse_ckpt_path(self) -> None:
         """Let no checkpoint choose, by its hyperparameters, what is imported: the config says all."""
@@ -200,35 +183,6 @@ class RecipeCLI(LightningCLI):
             figures, when = {expected.metric: trained[expected.metric]}, f"epoch {last}"
         reached = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         print(f"{reached} ({when})" + (f"; published {expected}" if expected and expected.metric in figures else ""))
-
-
-@contextmanager
-def _bounded_reading() -> Iterator[None]:
-    """Hold files that options name, and options themselves, to the bounds of recipes."""
-    from jsonargparse import get_loader, set_loader
-
-    load = get_loader("yaml")
-
-    def bounded(text: str) -> Any:
-        check_bounds(text, "a file or an option")
-        return load(text)
-
-    set_loader("yaml", bounded, (yaml.YAMLError,))
-    try:
-        yield
-    finally:
-        set_loader("yaml", load, (yaml.YAMLError,))
-
-
-def _without_branches(message: str) -> str:
-    """Shorten a report on every branch of nested unions to the option and the reason, where these are plain."""
-    options = re.findall(r'Parser key "([^"]+)"', message)
-    scaffold = (
-        r"$|Parser key|Does not validate|Subtypes:|Errors:|Problem with given|Given value|Expected a <class '\w+'>$"
-    )
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    reasons = list(dict.fromkeys(line for line in lines if not re.match(scaffold, line)))
-    return f"--{'.'.join(options)}: {'; '.join(reasons)}" if options and 1 <= len(reasons) <= 2 else message
 
 
 def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:

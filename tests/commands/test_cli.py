@@ -3,6 +3,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -10,7 +12,9 @@ from cases.paths import RECIPES
 
 pytest.importorskip("jsonargparse")
 
-from dfc_lightning import DFC, FeedbackLearning, cli
+from lightning.pytorch.loggers import Logger
+
+from dfc_lightning import DFC, DFCStrategy, cli
 from dfc_lightning.experiments import composition
 
 pytestmark = pytest.mark.filterwarnings(
@@ -113,13 +117,79 @@ def test_options_on_the_command_line_reach_nested_fields(capsys):
     assert given["seed_everything"] == 0
 
 
-def test_one_option_leaves_the_others_at_their_defaults(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The strategy that a fit would train by."""
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, command: None)
-    strategy = "--trainer.strategy.init_args"
-    options = [f"{RULE}=DFC", f"{RULE}.init_args.target_stepsize=0.2", f"{strategy}.feedback.initial_passes=3"]
-    made = cli.RecipeCLI(["fit", f"--config={DIGITS}", *QUIET, *options]).trainer.strategy
-    assert made.rule == DFC(target_stepsize=0.2)
-    assert made.learning == FeedbackLearning(initial_passes=3)
+    return lambda *options, recipe=DIGITS: (
+        cli.RecipeCLI(["fit", f"--config={recipe}", *QUIET, *options]).trainer.strategy
+    )
+
+
+BP, FEEDBACK = RECIPES / "digits" / "bp.yaml", "--trainer.strategy.init_args.feedback"
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "rule", "changed"),
+    [
+        ([f"{FEEDBACK}.initial_passes=3"], DIGITS, None, {"initial_passes": 3}),
+        ([f"{FEEDBACK}={{lr: 0.1}}"], DIGITS, None, {"lr": 0.1}),
+        ([f"{RULE}=DFC", f"{FEEDBACK}.lr=0.1"], DIGITS, DFC(), {"lr": 0.1}),
+        (
+            [f"{FEEDBACK}.lr=0.1", f"{RULE}=DFC", f"{RULE}.init_args.clamped=true"],
+            DIGITS,
+            DFC(clamped=True),
+            {"lr": 0.1},
+        ),
+        (["--trainer.strategy=DFCStrategy", f"{FEEDBACK}.lr=0.1"], BP, None, {"lr": 0.1}),
+        (["--trainer.strategy", "dfc_lightning.DFCStrategy", f"{FEEDBACK}.lr=0.1"], BP, None, {"lr": 0.1}),
+        (["--trainer.strategy=dfc"], BP, None, {}),
+    ],
+)
+def test_an_option_changes_one_field_of_what_the_rule_has_by_default(made, options, recipe, rule, changed):
+    default = DFCStrategy(rule=rule)
+    found = made(*options, recipe=recipe)
+    assert found.rule == default.rule and found.learning == replace(default.learning, **changed)
+
+
+def test_a_field_in_a_config_changes_that_field_and_no_other(made, tmp_path):
+    text = "trainer: {strategy: {class_path: dfc_lightning.DFCStrategy, init_args: {feedback: {eps: 1e-3}}}}"
+    (tmp_path / "eps.yaml").write_text(text)
+    assert made("--config=eps.yaml").learning == replace(DFCStrategy().learning, eps=1e-3)
+    assert made("--config=eps.yaml", recipe=BP).learning == replace(DFCStrategy().learning, eps=1e-3)
+
+
+def test_a_rule_with_no_feedback_to_learn_gets_none(made):
+    assert made(recipe=RECIPES / "digits" / "dfa.yaml").learning is None
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.strategy=dfc"]])
+def test_what_is_in_effect_is_saved_and_gives_the_same_again(made, tmp_path, capsys, options):
+    text = yaml.safe_dump(config(capsys, *options))
+    (tmp_path / "saved.yaml").write_text(text)
+    strategy = yaml.safe_load(text)["trainer"]["strategy"]["init_args"]
+    assert strategy["rule"]["class_path"].endswith(type(DFCStrategy().rule).__name__)
+    assert strategy["feedback"]["lr"] == DFCStrategy().learning.lr
+    again = made(recipe="saved.yaml")
+    assert (again.rule, again.learning) == (DFCStrategy().rule, DFCStrategy().learning)
+
+
+class Keeping(Logger):
+    """Keeps what it is given, as trackers do."""
+
+    kept: ClassVar[list] = []
+    name, version, experiment = "keeping", "0", None
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.kept.append(params)
+
+    def log_metrics(self, metrics, step=None): ...
+
+
+def test_trackers_are_given_what_is_in_effect():
+    fit(*SHORT, f"--trainer.logger={Keeping.__module__}.Keeping", "--trainer.default_root_dir=.")
+    strategy = Keeping.kept[-1]["trainer"]["strategy"]["init_args"]
+    assert strategy["feedback"]["lr"] == DFCStrategy().learning.lr and strategy["rule"] is not None
 
 
 def test_our_classes_go_by_their_bare_names_and_the_strategy_by_its_own(capsys):
@@ -129,7 +199,7 @@ def test_our_classes_go_by_their_bare_names_and_the_strategy_by_its_own(capsys):
     assert rule["init_args"]["settling"]["class_path"] == "dfc_lightning.settling.Euler"
     assert given["data"]["class_path"] == "dfc_lightning.data.MNIST"
     assert given["model"]["class_path"] == "dfc_lightning.models.Regressor"
-    assert config(capsys, "--trainer.strategy=dfc")["trainer"]["strategy"] == "dfc"
+    assert config(capsys, "--trainer.strategy=dfc")["trainer"]["strategy"]["class_path"] == "dfc_lightning.DFCStrategy"
     fit(*QUIET, "--trainer.strategy=dfc", "--trainer.fast_dev_run=1")
 
 
