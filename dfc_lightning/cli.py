@@ -28,7 +28,7 @@ def main(args: ArgsType = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args) if not isinstance(args, dict) else []
     ours = bool(words) and words[0] in COMMANDS
-    with ending_in_a_sentence(words, resumes_itself=ours):
+    with ending_in_a_sentence(words, resumes_itself=ours and words[0] != "resume"):
         if not RequirementCache("jsonargparse[signatures]>=4.28"):
             sys.exit(f"error: the dfc command needs jsonargparse, which is not installed: {_EXTRA}")
         if ours:

@@ -6,6 +6,7 @@ A command's module has ``main(args: Sequence[str]) -> None``, given the words af
 from __future__ import annotations
 
 COMMANDS: dict[str, str] = {
+    "resume": "go on with a run that was stopped",
     "plot": "draw figures of runs, and of the paper",
     "reproduce": "run what is missing of the published table",
     "report": "our results beside the published table",

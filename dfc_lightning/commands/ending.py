@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dfc_lightning.experiments.errors import Stopped, sentence, stopping_signal
+from dfc_lightning.experiments.going_on import CONFIG, folder_of
 
 
 @contextmanager
@@ -48,6 +50,9 @@ def _going_on(error: BaseException, words: Sequence[str], resumes_itself: bool) 
     checkpoint = error.checkpoint if isinstance(error, Stopped) else None
     if checkpoint is None:
         return f"There is no checkpoint to go on from; to begin again: {command}"
+    run = Path(checkpoint).parent.parent
+    if words[0] in ("fit", "resume") and folder_of(Path(checkpoint)) is not None and (run / CONFIG).is_file():
+        return f"To go on from there: {shlex.join(['dfc', 'resume', str(run)])}"
     kept = [word for word in words if not word.startswith("--ckpt_path=")]
     return f"To go on from its last checkpoint: {shlex.join(['dfc', *kept, f'--ckpt_path={checkpoint}'])}"
 

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def require_checkpoint(path: Path) -> None:
-    """Refuse a file that is torn, or another thing than a checkpoint.
+def require_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds; a file that is torn, or another thing, is refused.
 
     Raises:
         ControlError: it is; the message names the file and the remedy.
@@ -47,6 +48,7 @@ def require_checkpoint(path: Path) -> None:
         ) from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ControlError(f"The file {path} is not a checkpoint written by a Trainer: give one that is.")
+    return checkpoint
 
 
 def is_whole(path: Path) -> bool:

@@ -7,7 +7,7 @@ the recipe ends up with, not those of ``FeedbackLearning()``. So ``config.yaml``
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, get_type_hints
@@ -132,13 +132,14 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None  # of this attempt, not of the run
         self.save_to_log_dir = trainer.log_dir is not None  # None: of loggers that keep no files
         super().setup(trainer, pl_module, stage)
 
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        kept: Mapping[str, Any] = {k: v for k, v in settings.items() if k not in ("config", "ckpt_path")}
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
-                logger.log_hyperparams(dict(kept))
+                logger.log_hyperparams({k: v for k, v in settings.items() if k not in ("config", "ckpt_path")})

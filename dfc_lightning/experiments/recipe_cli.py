@@ -23,7 +23,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from dfc_lightning import data, models, settling  # noqa: F401
 from dfc_lightning.experiments.checkpoints import require_checkpoint
 from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
+from dfc_lightning.experiments.going_on import GoesOn, folder_of, logged_in, named, roots, rows_before, take_up
 from dfc_lightning.experiments.in_effect import SaveConfig, laid, layers, without_printing
+from dfc_lightning.experiments.leaving import SaveOnLeaving
 from dfc_lightning.experiments.published import Published
 from dfc_lightning.experiments.recipe_parser import RecipeParser, bounded_reading, without_branches
 from dfc_lightning.experiments.versions import claim_version
@@ -37,7 +39,11 @@ class RecipeCLI(LightningCLI):
         callbacks: callbacks beside the config's.
         exit_on_error: whether a refused option ends the process, or is raised as a :class:`RecipeError`.
         description: what ``--help`` says of the command.
+        resumes: whether a fit goes on in the folder of its checkpoint's run, wherever the config would have it.
     """
+
+    saves_on_leaving = True
+    """Whether a fit that is stopped saves a checkpoint of that moment."""
 
     def __init__(
         self,
@@ -45,7 +51,11 @@ class RecipeCLI(LightningCLI):
         callbacks: Sequence[Callback] = (),
         exit_on_error: bool = True,
         description: str = "Train by Deep Feedback Control and other learning rules.",
+        resumes: bool = False,
     ) -> None:
+        self._resumes = resumes
+        self._run: tuple[Path, list[dict[str, str]]] | None = None  # to go on with: its folder, and rows to keep
+        self._leaving = [SaveOnLeaving()] if self.saves_on_leaving else []
         self._failure: Exception | None = None
         self._claimed: list[Path] = []
         every = {name: {"exit_on_error": exit_on_error} for name in self.subcommands()}
@@ -54,7 +64,7 @@ class RecipeCLI(LightningCLI):
                 pl.LightningModule,
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": list(callbacks)},
+                trainer_defaults={"callbacks": [*callbacks, *self._leaving]},
                 seed_everything_default=0,
                 parser_kwargs={"prog": "dfc", "exit_on_error": exit_on_error, "description": description} | every,
                 parser_class=RecipeParser,
@@ -75,22 +85,33 @@ class RecipeCLI(LightningCLI):
             number = stopping_signal(error)
             if number is None:
                 raise
-            raise Stopped(number, _last_checkpoint(getattr(self, "trainer", None))) from error
+            raise Stopped(number, self._last_checkpoint()) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let a recipe say what it should reach."""
         parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and see that the checkpoint can be opened, which Lightning does next, for its hyperparameters."""
+        """Parse, and see that the checkpoint is there and can be opened."""
         if isinstance(args, (dict, Namespace)):
             super().parse_arguments(parser, args)
         else:
             self.config = self._parsed(parser, list(sys.argv[1:] if args is None else args))
         command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
-        if path and Path(path).is_file():
-            require_checkpoint(Path(path))
+        if command:
+            self._find_checkpoint(command, self.config[command])
+
+    def _find_checkpoint(self, command: str, options: Namespace) -> None:
+        path = options.get("ckpt_path")
+        if path == "last" or (path == "best" and command != "fit"):
+            options["ckpt_path"] = path = str(named(path, roots(options.trainer)))
+        if not path or not Path(path).is_file():
+            return
+        checkpoint, run = require_checkpoint(Path(path)), folder_of(Path(path))
+        own = self._resumes or (run is not None and run.parent in [root.resolve() for root in roots(options.trainer)])
+        if command == "fit" and run is not None and own:
+            self._run = run, rows_before(run, checkpoint)
+            self.trainer_defaults["callbacks"].append(GoesOn())
 
     def _parsed(self, parser: LightningArgumentParser, words: list[str]) -> Namespace:
         """What the words say, laid over what is in effect where they are silent, which is known by parsing them."""
@@ -129,6 +150,8 @@ class RecipeCLI(LightningCLI):
         if self.config[self.subcommand].trainer.fast_dev_run or getattr(rank_zero_only, "rank", 0) or "://" in save_dir:
             return arguments
         root = Path(save_dir) / (arguments.get("name", "lightning_logs") or "")
+        if self._run is not None:
+            return {**arguments, **logged_in(self._run[0], root)}
         number = claim_version(root)
         self._claimed.append(root / f"version_{number}")
         return {**arguments, "version": number}
@@ -151,6 +174,11 @@ class RecipeCLI(LightningCLI):
                 raise
             self._parser(self.subcommand).error(self._with_option(str(cause)))
 
+    def after_instantiate_classes(self) -> None:
+        """Have the run that goes on keep its curves."""
+        if self._run is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            take_up(self.trainer.loggers, *self._run)
+
     def _with_option(self, message: str) -> str:
         """Put the option's full name before a message that begins with ``argument=value``."""
         named = re.match(r"(\w+)=(\S+)", message)
@@ -159,6 +187,17 @@ class RecipeCLI(LightningCLI):
         given = self.config[self.subcommand].items()
         options = [key for key, value in given if key.endswith(f".{named[1]}") and repr(value) == named[2]]
         return f"--{options[0]}: {message}" if options else message
+
+    def _last_checkpoint(self) -> str | None:
+        """What was saved on leaving, or else the newest of the files that checkpoint callbacks have kept."""
+        for saved in (each.path for each in self._leaving):
+            if saved is not None:
+                return str(saved)
+        trainer: pl.Trainer | None = getattr(self, "trainer", None)
+        kept = list(trainer.checkpoint_callbacks if trainer else ())
+        paths = [getattr(callback, name, "") for callback in kept for name in ("last_model_path", "best_model_path")]
+        there = [path for path in paths if path and Path(path).is_file()]
+        return max(there, key=lambda path: Path(path).stat().st_mtime, default=None)
 
     def after_fit(self) -> None:
         """Test the checkpoint of the best validation epoch, or else the final weights."""
@@ -191,11 +230,3 @@ def _best_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             return callback
     return None
-
-
-def _last_checkpoint(trainer: pl.Trainer | None) -> str | None:
-    """The newest of the files that checkpoint callbacks have kept."""
-    kept = [callback for callback in (trainer.checkpoint_callbacks if trainer else ())]
-    paths = [getattr(callback, name, "") for callback in kept for name in ("last_model_path", "best_model_path")]
-    there = [path for path in paths if path and Path(path).is_file()]
-    return max(there, key=lambda path: Path(path).stat().st_mtime, default=None)

@@ -103,6 +103,8 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
     """The result, and whether the process was asked to end too late to stop the run."""
 
     class Fit(RecipeCLI):
+        saves_on_leaving = False  # an attempt goes on from the last complete epoch, as if there had been no other
+
         def after_fit(self) -> None:
             """Every epoch has been tested already."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,8 @@ def rehearse_trainer(checkpoint: Mapping[str, Any], trainer: pl.Trainer, fitting
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 state = callbacks.get(callback.state_key)
                 if state:
-                    with _damage_named(f"callbacks, {callback.state_key}"):
+                    with _damage_named(f"callbacks, {callback.state_key}"), warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # said when it is loaded in earnest
                         copy.copy(callback).load_state_dict(copy.deepcopy(state))
     loops = checkpoint.get("loops")
     if fitting and loops is not None:

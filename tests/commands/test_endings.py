@@ -81,9 +81,12 @@ def test_a_fit_names_the_checkpoint_to_go_on_from(capsys, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.callbacks.ModelCheckpoint.on_train_epoch_start", stop, raising=False)
     code, said = ended(capsys, [*FIT, "--trainer.max_epochs=3"])
     assert code == 130
-    command = shlex.split(re.search(r"To go on from its last checkpoint: (dfc .*)", said)[1])
-    checkpoint = command[-1].removeprefix("--ckpt_path=")
-    assert Path(checkpoint).is_file()
+    assert shlex.split(re.search(r"To go on from there: (dfc .*)", said)[1]) == [
+        "dfc",
+        "resume",
+        "runs/digits/bp/version_0",
+    ]
+    assert Path("runs/digits/bp/version_0/checkpoints/last.ckpt").is_file()
 
 
 def test_a_signal_in_the_last_batch_ends_the_campaign_after_noting_the_run(capsys, monkeypatch):
