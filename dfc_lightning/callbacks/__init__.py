@@ -1,9 +1,10 @@
-"""Callbacks: what looks at the learning without changing it, and the clipping of each layer."""
+"""Callbacks: what looks at the learning without changing it, the clipping of each layer, and threads."""
 
 from dfc_lightning.callbacks.alignment_monitor import AlignmentMonitor
 from dfc_lightning.callbacks.feedback_monitor import FeedbackMonitor
 from dfc_lightning.callbacks.layer_clipping import LayerClipping
 from dfc_lightning.callbacks.settling_monitor import SettlingMonitor
+from dfc_lightning.callbacks.threads import ChooseThreads
 from dfc_lightning.callbacks.wandb_tracking import WandbTracking
 
-__all__ = ["AlignmentMonitor", "FeedbackMonitor", "LayerClipping", "SettlingMonitor", "WandbTracking"]
+__all__ = ["AlignmentMonitor", "ChooseThreads", "FeedbackMonitor", "LayerClipping", "SettlingMonitor", "WandbTracking"]

@@ -14,6 +14,7 @@ from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.recipe import Recipe
 from dfc_lightning.experiments.runner import plan
+from dfc_lightning.experiments.shipped import known_recipes
 from dfc_lightning.experiments.table import Summary
 
 
@@ -29,14 +30,24 @@ def main(args: Sequence[str]) -> None:
         "as dfc reproduce does, unless RESULTS has their runs already.",
     )
     arguments.add_argument(
-        "what", nargs="+", type=Path, metavar="RECIPE_OR_RUN", help="a recipe's file, or a folder with a metrics.csv"
+        "what",
+        nargs="+",
+        type=Path,
+        metavar="RECIPE_OR_RUN",
+        help="a recipe's name, as dfc list has it, or its file, or a folder with a metrics.csv",
     )
     arguments.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     arguments.add_argument("--epochs", type=positive, metavar="N", help="train so many epochs, not the recipes'")
     arguments.add_argument(
         "--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default: runs/compare"
     )
-    arguments.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    arguments.add_argument(
+        "--results",
+        type=Path,
+        default=Path("runs/results"),
+        metavar="DIR",
+        help="where finished runs are noted (default: runs/results); dfc reproduce has results",
+    )
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="checkpoints (default: runs/reproduce)"
     )
@@ -63,9 +74,11 @@ def main(args: Sequence[str]) -> None:
 def _source(path: Path) -> Recipe | FinishedRun:
     if (path / METRICS).is_file():
         return FinishedRun.read(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is neither a recipe's file nor a folder with a {METRICS}: name one of these")
-    return Recipe.load(path)
+    if not path.is_file() and path.as_posix() not in known_recipes():
+        raise ValueError(
+            f"{path} is neither a recipe, by name or file, nor a folder with a {METRICS}: name one of these"
+        )
+    return Recipe.load(path if path.is_file() else known_recipes()[path.as_posix()])
 
 
 def _trained(recipe: Recipe, ledger: Ledger, seeds: int, epochs: int | None) -> Entry:

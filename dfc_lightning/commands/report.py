@@ -10,6 +10,7 @@ from dfc_lightning.experiments.figures import draw_learning_curves
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.report import Standing, page
+from dfc_lightning.experiments.shipped import recipes_folder
 from dfc_lightning.experiments.table import COLUMNS
 
 
@@ -25,7 +26,13 @@ def main(args: Sequence[str]) -> None:
         "their learning curves beside it.",
     )
     arguments.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    arguments.add_argument("--recipes", type=Path, default=Path("recipes"), metavar="DIR", help="default: recipes")
+    arguments.add_argument(
+        "--recipes",
+        type=Path,
+        default=recipes_folder(),
+        metavar="DIR",
+        help="default: recipes, or those that come with the package",
+    )
     arguments.add_argument(
         "--output", type=Path, default=Path("docs/results.md"), metavar="FILE", help="default: docs/results.md"
     )

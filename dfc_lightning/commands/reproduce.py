@@ -11,6 +11,7 @@ from dfc_lightning.experiments.campaign import carry_out, positive, told_failure
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.runner import plan
+from dfc_lightning.experiments.shipped import recipes_folder
 from dfc_lightning.experiments.table import COLUMNS, RULES
 
 _DESCRIPTION = """\
@@ -33,7 +34,13 @@ def parser() -> argparse.ArgumentParser:
         "--epochs", type=positive, metavar="N", help="train so many epochs, not the recipe's; kept apart in the report"
     )
     made.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    made.add_argument("--recipes", type=Path, default=Path("recipes"), metavar="DIR", help="default: recipes")
+    made.add_argument(
+        "--recipes",
+        type=Path,
+        default=recipes_folder(),
+        metavar="DIR",
+        help="default: recipes, or those that come with the package",
+    )
     made.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="checkpoints (default: runs/reproduce)"
     )

@@ -71,6 +71,10 @@ class Images(TensorDataModule):
         """The folder of the files."""
         return self.root / self.place
 
+    def is_there(self) -> bool:
+        """Whether all files are there already."""
+        return not self._missing()
+
     def prepare_data(self) -> None:
         """Download the files, unless all are there."""
         missing = self._missing()

@@ -1,4 +1,4 @@
-"""Lightning's command line for recipes: ``dfc fit``, ``validate``, ``test`` and ``predict``."""
+"""Lightning's command line for recipes: ``dfc fit``, ``validate`` and ``test``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 # Imported classes can be given by their bare names, e.g. --trainer.strategy.init_args.rule=DFC.
 from dfc_lightning import data, models, settling  # noqa: F401
+from dfc_lightning.callbacks import ChooseThreads
 from dfc_lightning.experiments.checkpoints import require_checkpoint
 from dfc_lightning.experiments.errors import RecipeError, Stopped, stopping_signal
 from dfc_lightning.experiments.going_on import GoesOn, folder_of, logged_in, named, roots, rows_before, take_up
 from dfc_lightning.experiments.in_effect import SaveConfig, laid, layers, without_printing
 from dfc_lightning.experiments.leaving import SaveOnLeaving
 from dfc_lightning.experiments.published import Published
-from dfc_lightning.experiments.recipe_parser import RecipeParser, bounded_reading, without_branches
+from dfc_lightning.experiments.recipe_parser import RecipeParser, bounded_reading
+from dfc_lightning.experiments.recipe_words import with_recipes
+from dfc_lightning.experiments.refused import told
 from dfc_lightning.experiments.versions import claim_version
+
+_RECIPES = "--recipe NAME takes one of those that dfc list names; --config FILE one of yours, or what to lay over it."
+_TOLD = {
+    "fit": f"Train by a recipe, and test the best validation epoch. {_RECIPES}",
+    "validate": f"Validate --ckpt_path, a file, or best or last of the recipe's newest run. {_RECIPES}",
+    "test": f"Test --ckpt_path, a file, or best or last of the recipe's newest run. {_RECIPES}",
+}
 
 
 class RecipeCLI(LightningCLI):
@@ -45,6 +55,11 @@ class RecipeCLI(LightningCLI):
     saves_on_leaving = True
     """Whether a fit that is stopped saves a checkpoint of that moment."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, but for ``predict``: what is to be made of predictions, no recipe says."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
     def __init__(
         self,
         args: ArgsType = None,
@@ -58,7 +73,7 @@ class RecipeCLI(LightningCLI):
         self._leaving = [SaveOnLeaving()] if self.saves_on_leaving else []
         self._failure: Exception | None = None
         self._claimed: list[Path] = []
-        every = {name: {"exit_on_error": exit_on_error} for name in self.subcommands()}
+        every = {name: {"exit_on_error": exit_on_error, "description": _TOLD[name]} for name in self.subcommands()}
         with self._ending(), bounded_reading():
             super().__init__(
                 pl.LightningModule,
@@ -80,7 +95,7 @@ class RecipeCLI(LightningCLI):
         try:
             yield
         except ArgumentError as error:
-            raise RecipeError(without_branches(str(error))) from error
+            raise RecipeError(told(str(error))) from error
         except (KeyboardInterrupt, SystemExit) as error:
             number = stopping_signal(error)
             if number is None:
@@ -88,8 +103,11 @@ class RecipeCLI(LightningCLI):
             raise Stopped(number, self._last_checkpoint()) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let a recipe say what it should reach."""
+        """Let a recipe say what it should reach, and a person how many threads to take."""
         parser.add_argument("--expected", type=Published | None, default=None, help="what the recipe should reach")
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="threads on a CPU; null to measure what suits the network"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and see that the checkpoint is there and can be opened."""
@@ -115,6 +133,7 @@ class RecipeCLI(LightningCLI):
 
     def _parsed(self, parser: LightningArgumentParser, words: list[str]) -> Namespace:
         """What the words say, laid over what is in effect where they are silent, which is known by parsing them."""
+        words = with_recipes(words)
         silent = without_printing(words)
         config = parser.parse_args(silent)
         command = config.get("subcommand")
@@ -132,6 +151,10 @@ class RecipeCLI(LightningCLI):
         options = self.config[self.subcommand]
         if options.get("weights_only", True) is None:
             options["weights_only"] = True
+        try:
+            self.trainer_defaults["callbacks"].append(ChooseThreads(options.threads))
+        except ValueError as error:
+            self._parser(self.subcommand).error(f"--{error}")
 
         def build(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -198,6 +221,21 @@ class RecipeCLI(LightningCLI):
         paths = [getattr(callback, name, "") for callback in kept for name in ("last_model_path", "best_model_path")]
         there = [path for path in paths if path and Path(path).is_file()]
         return max(there, key=lambda path: Path(path).stat().st_mtime, default=None)
+
+    def before_validate(self) -> None:
+        """Tell if there is nothing to validate."""
+        self._tell_untrained("validated")
+
+    def before_test(self) -> None:
+        """Tell if there is nothing to test."""
+        self._tell_untrained("tested")
+
+    def _tell_untrained(self, what: str) -> None:
+        if not self.config[self.subcommand].get("ckpt_path"):
+            rank_zero_warn(
+                f"There is no --ckpt_path: what is {what} are the weights that training would begin with. Give the "
+                "path of a checkpoint, or --ckpt_path=best for that of the recipe's newest run."
+            )
 
     def after_fit(self) -> None:
         """Test the checkpoint of the best validation epoch, or else the final weights."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,6 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dfc_lightning.experiments.composition import BASE, composed
 from dfc_lightning.experiments.reading import CompositionError, check_bounds, parse_settings
+from dfc_lightning.experiments.recipe_words import with_our_classes
+from dfc_lightning.experiments.refused import told
 
 
 class RecipeParser(LightningArgumentParser):
@@ -25,8 +26,10 @@ class RecipeParser(LightningArgumentParser):
         name = str(path) or "the config"
         try:
             tree = parse_settings(content, name)
-            if isinstance(tree, dict) and BASE in tree:
-                content = yaml.safe_dump(composed(tree, ".", name), sort_keys=False)
+            if isinstance(tree, dict):
+                whole = with_our_classes(composed(tree, ".", name) if BASE in tree else tree)
+                if whole != tree:
+                    content = yaml.safe_dump(whole, sort_keys=False)
         except CompositionError as error:
             self.error(str(error), error)
         return super().parse_string(content, path, *args, **kwargs)
@@ -44,7 +47,9 @@ class RecipeParser(LightningArgumentParser):
             super().error(message, ex)
         command = getattr(ex, "subcommand_parser", None) or self
         program = command.prog.replace(" [options]", "")
-        self.exit(2, f"error: {without_branches(message)}\ntip: {program} --help lists the options.\n")
+        self.exit(
+            2, f"error: {told(message, command._option_string_actions)}\ntip: {program} --help lists the options.\n"
+        )
 
 
 @contextmanager
@@ -63,14 +68,3 @@ def bounded_reading() -> Iterator[None]:
         yield
     finally:
         set_loader("yaml", load, (yaml.YAMLError,))
-
-
-def without_branches(message: str) -> str:
-    """Shorten a report on every branch of nested unions to the option and the reason, where these are plain."""
-    options = re.findall(r'Parser key "([^"]+)"', message)
-    scaffold = (
-        r"$|Parser key|Does not validate|Subtypes:|Errors:|Problem with given|Given value|Expected a <class '\w+'>$"
-    )
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    reasons = list(dict.fromkeys(line for line in lines if not re.match(scaffold, line)))
-    return f"--{'.'.join(options)}: {'; '.join(reasons)}" if options and 1 <= len(reasons) <= 2 else message

@@ -157,6 +157,8 @@ class Tape(TorchFunctionMode):
             made = {k: t for k, t in enumerate(_tuple(call.result)) if isinstance(t, Tensor)}
             if not self._concerned(call.args, {}) or len(made) != len(tensors_of(call.result)):
                 return
+            if not any(t.numel() for t in made.values()):  # as of checkpointing before torch 2.12: nothing is passed on
+                return
             if getattr(call.node, "dirty_tensors", None):
                 raise ControlError(
                     f"The function {call.function.__name__} overwrites its argument, and would do so again and again "

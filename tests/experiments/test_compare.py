@@ -34,7 +34,7 @@ def test_recipes_and_a_finished_run_stand_in_one_table(tmp_path, capsys):
     told = re.search(r"test/error (\S+) \(.*\); published 4 ± 1, 3 seeds, Here", capsys.readouterr().out)
     options = ["--epochs=2", "--seeds=2", "--output=out"]
     cli.main(["compare", f"{RECIPES}/digits/dfa.yaml", "own/bp.yaml", "runs/digits/bp/version_0", *options])
-    results = Ledger("results").read()
+    results = Ledger("runs/results").read()
     assert sorted((r.recipe, r.seed) for r in results) == [
         (f"{n}", s) for n in ("digits/dfa", "own/bp") for s in (0, 1)
     ]
@@ -57,13 +57,13 @@ def test_recipes_and_a_finished_run_stand_in_one_table(tmp_path, capsys):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
     cli.main(["compare", f"{RECIPES}/digits/dfa.yaml", *options])
-    assert len(Ledger("results").read()) == len(results)  # nothing was trained again
+    assert len(Ledger("runs/results").read()) == len(results)  # nothing was trained again
 
 
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("nowhere.yaml", "nowhere.yaml is neither a recipe's file nor a folder with a metrics.csv"),
+        ("nowhere.yaml", "nowhere.yaml is neither a recipe, by name or file, nor a folder with a metrics.csv"),
         ("bare.yaml", "bare.yaml cannot be compared with others: give it trainer.max_epochs"),
         ("begun", "begun has no test/error in metrics.csv: it has not ended"),
     ],

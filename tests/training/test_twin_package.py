@@ -108,6 +108,9 @@ def test_one_object_serves_one_trainer_after_the_other():
         assert s.learner.steps == 15
 
 
+@pytest.mark.skipif(
+    pl.__version__.startswith("2.5"), reason="before 2.6 a trainer takes callbacks of its own name only"
+)
 def test_monitors_work_in_a_trainer_of_the_other_name():
     trained(pl, callbacks=[SettlingMonitor(), FeedbackMonitor()])
 
