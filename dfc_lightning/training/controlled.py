@@ -76,9 +76,11 @@ class ControlledTraining(InStep):
         """Train by a learning rule.
 
         Args:
-            rule: the learning rule; None for ``DFC()``.
-            feedback: when and how the feedback weights learn; None for ``EVERY_BATCH``, a pass to begin with and then a
-                step after every batch, if the rule is one that learns them. Fixed feedback:
+            rule: the learning rule; None for ``LayeredDFC()``.
+            feedback: when and how the feedback weights learn; None for what the rule has by default, ``rule.learning``
+                or else, of rules that learn them, ``MIRRORED`` for layerwise B_i, a mirror phase to begin with, and
+                ``EVERY_BATCH`` for direct Q_i, a pass to begin with and then a step after every batch. One field of
+                these: ``dataclasses.replace(EVERY_BATCH, initial_passes=3)``. Fixed feedback:
                 ``FeedbackLearning(initial_passes=0, passes_per_epoch=0)``. Unused by rules without such weights.
             network: name of the submodule to control; None if all trainable parameters belong to it.
             feedback_init: initial feedback weights; None for what the rule is meant to have.

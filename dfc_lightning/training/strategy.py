@@ -21,7 +21,10 @@ class DFCStrategy(ResumableTraining, SingleDeviceStrategy):
     Only what ``loss.backward()`` leaves in ``.grad`` is another: the rule's update, in gradient units. Feedback
     weights learn in passes of their own over the training data, before the first batch of an epoch, and after batches.
 
-    The arguments are those of :meth:`ControlledTraining.__init__`, below.
+    Without arguments it trains by ``LayeredDFC()``, whose feedback weights B_i are learned in a mirror phase and then
+    track the weights. An argument that is None is what the rule has by default: feedback learning is ``rule.learning``,
+    or that of its kind of feedback weights, which start as ``rule.feedback`` says; ``repr`` of the strategy's ``rule``
+    and ``learning`` tells them. All arguments are those of :meth:`ControlledTraining.__init__`, below.
 
     Example:
         >>> import lightning as L

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SHORT = [*QUIET, "--trainer.limit_train_batches=8", "--trainer.num_sanity_val_steps=0", "--trainer.log_every_n_steps=1"]
+EVERY_BATCH = "--trainer.strategy.init_args.rule=DFC"  # a step of feedback learning after each
 RUN = Path("runs/digits/dfc/version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
 
@@ -63,7 +64,7 @@ def ended(capsys, words):
 def broken_off(capsys, monkeypatch, at, error, *options):
     with monkeypatch.context() as patch:
         stopped(patch, at, error)
-        return ended(capsys, ["fit", f"--config={RECIPES / 'digits' / 'dfc.yaml'}", *SHORT, *options])
+        return ended(capsys, ["fit", f"--config={RECIPES / 'digits' / 'dfc.yaml'}", *SHORT, EVERY_BATCH, *options])
 
 
 def column(name, run=RUN):
@@ -167,7 +168,7 @@ def test_another_recipe_begins_a_run_of_its_own_from_the_checkpoint():
 def test_the_state_at_an_error_is_kept_beside_the_last_good_one(monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         stopped(patch, 8 + 8 + 3, ZeroDivisionError)
-        fit("--trainer.max_epochs=2")
+        fit("--trainer.max_epochs=2", EVERY_BATCH)
     last, at = (torch.load(LAST.with_name(name), weights_only=True) for name in ("last.ckpt", "on_exception.ckpt"))
     assert (last["global_step"], at["global_step"]) == (8, 11)
     cli.main(["resume", str(LAST.with_name("on_exception.ckpt"))])
