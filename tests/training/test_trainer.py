@@ -195,8 +195,8 @@ def test_the_rich_bar_is_redrawn_as_stages_proceed():
     drawn = []
 
     class Watched(RichProgressBar):
-        def refresh(self, *hard: bool) -> None:  # Lightning 2.5 has no argument
-            super().refresh(*hard)
+        def refresh(self, **hard: bool) -> None:  # Lightning 2.5 has no argument
+            super().refresh(**hard)
             drawn.extend(int(t.completed) for t in self.progress.tasks if "feedback" in t.description and t.visible)
 
     quiet(strategy(), enable_progress_bar=True, callbacks=[Watched()]).fit(Innocent(), loader())
