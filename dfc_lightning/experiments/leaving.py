@@ -46,6 +46,8 @@ class SaveOnLeaving(Callback):
         together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         if not self._training or folder is None or not together or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        # What is left of a validation would be its first batches again: it is run whole.
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.reset()
         self._training, path = False, Path(folder) / (LAST if stopped else ON_ERROR)
         try:
             trainer.save_checkpoint(path)

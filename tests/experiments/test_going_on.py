@@ -17,6 +17,7 @@ pytest.importorskip("jsonargparse")
 
 from dfc_lightning import FeedbackLearner, cli
 from dfc_lightning.data import Digits
+from dfc_lightning.models import Classifier
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*was deprecated in v4", "ignore:skip_none parameter", "ignore:(?s).*JsonargparseDeprecationWarning"
@@ -173,6 +174,25 @@ def test_the_state_at_an_error_is_kept_beside_the_last_good_one(monkeypatch, cap
     assert (last["global_step"], at["global_step"]) == (8, 11)
     cli.main(["resume", str(LAST.with_name("on_exception.ckpt"))])
     assert column("feedback/step") == list(range(1, 25))
+
+
+@pytest.mark.slow
+def test_a_validation_that_was_broken_off_is_run_whole(capsys, monkeypatch):
+    options = ["--trainer.max_epochs=2", "--data.init_args.eval_batch_size=50"]
+    fit(*options)
+    step, taken = Classifier.validation_step, []
+
+    def broken(self, batch, batch_idx):
+        taken.append(1)
+        if len(taken) == 9:  # of 6 an epoch
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "validation_step", broken)
+        ended(capsys, ["fit", f"--config={RECIPES / 'digits' / 'dfc.yaml'}", *SHORT, *options])
+    cli.main(["resume", str(RUN.with_name("version_1"))])
+    assert column("val/error", RUN.with_name("version_1")) == column("val/error")
 
 
 @pytest.mark.slow
