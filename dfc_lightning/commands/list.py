@@ -16,7 +16,7 @@ from dfc_lightning.experiments.published import Published
 from dfc_lightning.experiments.recipe import Recipe, published
 from dfc_lightning.experiments.shipped import known_recipes, shipped
 
-_TO_DOWNLOAD = {"MNIST": "12 MB", "FashionMNIST": "31 MB", "CIFAR10": "170 MB"}
+_TO_DOWNLOAD = {"MNIST": "12 MB", "FashionMNIST": "31 MB", "CIFAR10": "170 MB", "CIFAR100": "169 MB"}
 
 
 @dataclass(frozen=True)

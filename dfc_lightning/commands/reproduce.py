@@ -18,7 +18,8 @@ _DESCRIPTION = """\
 Run the published table's cells, each by its recipe and with several seeds, and note every finished run in
 RESULTS/table.jsonl. What is noted there already is not run again. A run that was interrupted, even killed, goes on
 from its last complete epoch; so does one that was shorter (--epochs). Several processes may work side by side: none
-takes up what another is at. Then: dfc report.
+takes up what another is at. On machines that share no disk, --shard I/N with I from 1 to N gives each a part of the
+runs, the same one every time; dfc report puts their ledgers together. Then: dfc report.
 """
 
 
@@ -28,10 +29,18 @@ def parser() -> argparse.ArgumentParser:
         prog="dfc reproduce", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--column", nargs="+", metavar="NAME", help=f"folders of recipes (default: {' '.join(COLUMNS)})")
-    made.add_argument("--rule", nargs="+", metavar="NAME", help=f"recipes in these (default: {' '.join(RULES)})")
+    made.add_argument(
+        "--rule",
+        nargs="+",
+        metavar="NAME",
+        help=f"recipes in these (default: {' '.join(RULES)}; all of a folder beside the table)",
+    )
     made.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (default: 5)")
     made.add_argument(
         "--epochs", type=positive, metavar="N", help="train so many epochs, not the recipe's; kept apart in the report"
+    )
+    made.add_argument(
+        "--shard", type=shard, metavar="I/N", help="of the runs only the I-th, the (I+N)-th, ..., e.g. 3/8"
     )
     made.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     made.add_argument(
@@ -68,7 +77,11 @@ def main(args: Sequence[str]) -> None:
     except ValueError as error:
         arguments.error(str(error))
     recipes, refused = _loaded(paths, given.set)
-    outcome = carry_out(plan(recipes, given.seeds, given.epochs, given.set), given.runs, Ledger(given.results))
+    planned = plan(recipes, given.seeds, given.epochs, given.set)
+    if given.shard is not None:
+        first, step = given.shard
+        planned = planned[first - 1 :: step]
+    outcome = carry_out(planned, given.runs, Ledger(given.results))
     print(f"{len(outcome.results)} runs finished, noted in {given.results / 'table.jsonl'}")
     if outcome.claimed:
         print(f"{len(outcome.claimed)} runs are another process's: {', '.join(map(str, outcome.claimed))}")
@@ -102,10 +115,24 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
         for name in names or []:
             if name not in known:
                 raise ValueError(f"{option} {name}: not in {given.recipes}; choose from {', '.join(known)}")
-    columns, rules = given.column or COLUMNS, given.rule or RULES
-    paths = [there[column, rule] for column in columns for rule in rules if (column, rule) in there]
+    columns = given.column or COLUMNS
+    paths = [
+        there[column, rule]
+        for column in columns
+        for rule in given.rule or (RULES if column in COLUMNS else [rule for folder, rule in there if folder == column])
+        if (column, rule) in there
+    ]
     if not paths:
+        rules = given.rule or RULES
         raise ValueError(
             f"--column {' '.join(columns)} --rule {' '.join(rules)}: there is no such recipe; choose others"
         )
     return paths
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``I/N``, for argparse."""
+    first, _, number = text.partition("/")
+    if not (first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with I from 1 to N, e.g. 3/8")
+    return int(first), int(number)

@@ -40,6 +40,7 @@ class Images(TensorDataModule):
     image_shape: ClassVar[tuple[int, int, int]]
     """(C, H, W)."""
     training_images: ClassVar[int]
+    classes: ClassVar[int] = 10
     mean: ClassVar[float | tuple[float, ...]]
     """Of the pixels, scaled to [0, 1]; of each channel, where there are several."""
     std: ClassVar[float | tuple[float, ...]]
@@ -133,8 +134,8 @@ class Images(TensorDataModule):
             )
         if len(images) != len(labels):
             raise DataError(f"{files}: {len(images)} images, but {len(labels)} labels. Replace them.")
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() > 9:
-            raise DataError(f"{files}: the labels are not whole numbers from 0 to 9. Replace them.")
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.classes:
+            raise DataError(f"{files}: the labels are not whole numbers from 0 to {self.classes - 1}. Replace them.")
         if split == "train" and len(images) <= self.validation_size:
             raise DataError(
                 f"{files}: {len(images)} images leave none for training after validation_size={self.validation_size}. "

@@ -37,6 +37,7 @@ class Result:
         device: what it ran on.
         threads: torch's.
         versions: of Python and the libraries.
+        peak_bytes: the most memory it held; None where that is not known. See :class:`PeakMemory`.
     """
 
     recipe: str
@@ -54,6 +55,7 @@ class Result:
     device: str
     threads: int
     versions: dict[str, str] = field(default_factory=dict)
+    peak_bytes: int | None = None
 
     def after(self, epochs: int) -> Reported:
         """The figure this run had reached after so many epochs."""
@@ -100,7 +102,8 @@ class Ledger:
         Raises:
             LedgerError: it could not be noted. The file is as it was.
         """
-        line = json.dumps(_told(asdict(result)), ensure_ascii=False, allow_nan=False) + "\n"
+        entry = {name: value for name, value in asdict(result).items() if value is not None}
+        line = json.dumps(_told(entry), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self._make_folder()
             with self._lock:
@@ -207,6 +210,8 @@ def _checked(entry: Any) -> Result:
         value = getattr(result, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name}={value!r} is of the wrong kind")
+    if not isinstance(result.peak_bytes, (int, type(None))):
+        raise ValueError(f"peak_bytes={result.peak_bytes!r} is of the wrong kind")
     watched = {result.metric, result.metric.replace("test/", "val/", 1)}
     for name, series in result.history.items():
         if not isinstance(series, list) or not all(isinstance(figure, (int, float)) for figure in series):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,3 +36,28 @@ def reported(history: History, metric: str, epochs: int | None = None) -> Report
     validation = list(history[metric.replace("test/", "val/", 1)])[:epochs]
     best = min(range(len(validation)), key=lambda i: math.inf if math.isnan(validation[i]) else validation[i])
     return Reported(values[best], best)
+
+
+def best_test(history: History, metric: str, epochs: int | None = None) -> Reported:
+    """The lowest test figure of all epochs, chosen by itself: as some projects report, and too good by that choice.
+
+    Args:
+        history: figures of every epoch.
+        metric: ``"test/..."``.
+        epochs: count only so many, from the start.
+    """
+    values = list(history[metric])[:epochs]
+    best = min(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i])
+    return Reported(values[best], best)
+
+
+def median_of_last(history: History, metric: str, epochs: int | None = None, last: int = 10) -> float:
+    """The median over the last epochs, which no single one of them decides.
+
+    Args:
+        history: figures of every epoch.
+        metric: its name.
+        epochs: count only so many, from the start.
+        last: over how many.
+    """
+    return statistics.median(list(history[metric])[:epochs][-last:])

@@ -6,10 +6,23 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from dfc_lightning.experiments.benchmark_page import benchmark
 from dfc_lightning.experiments.figures import Curves
 from dfc_lightning.experiments.ledger import Result, longest
+from dfc_lightning.experiments.protocol import median_of_last
 from dfc_lightning.experiments.recipe import Recipe
-from dfc_lightning.experiments.table import COLUMNS, RULE_OF_MARKS, RULES, Column, Summary, mark
+from dfc_lightning.experiments.table import (
+    BENCHMARKS,
+    COLUMNS,
+    FIELD,
+    NETWORKS,
+    RULE_OF_MARKS,
+    RULES,
+    Column,
+    Summary,
+    figure_text,
+    mark,
+)
 
 REFERENCE_SECONDS = {"bp": 0.007, "dfa": 0.008, "dfc_ssa": 0.021, "dfc_ss": 3.3, "dfc": 7.2}
 REFERENCE_FEEDBACK_SECONDS = 0.30
@@ -21,7 +34,7 @@ class Standing:
     """The results that count, a line a seed: for the table those of its recipes as they are, without overrides.
 
     Args:
-        recipes: the recipes in the folders of the table's columns, by name.
+        recipes: the recipes in the folders of the columns, the table's and the benchmark's, by name.
         results: all finished runs.
     """
 
@@ -33,8 +46,12 @@ class Standing:
         self.full: dict[str, list[Result]] = defaultdict(list)
         self.short: dict[tuple[str, int], list[Result]] = defaultdict(list)
         self.further: dict[tuple[str, tuple[str, ...], int], list[Result]] = defaultdict(list)
+        self.field: dict[str, list[Result]] = defaultdict(list)
         for result in sorted(longest(current), key=lambda r: r.seed):
-            if result.overrides or result.recipe.split("/")[1] not in RULES:
+            whole = not result.overrides and result.epochs >= recipes[result.recipe].epochs
+            if whole and result.recipe.split("/")[0] in BENCHMARKS:
+                self.field[result.recipe].append(result)
+            elif result.overrides or result.recipe.split("/")[1] not in RULES:
                 self.further[result.recipe, tuple(result.overrides), result.epochs].append(result)
             elif result.epochs >= recipes[result.recipe].epochs:
                 self.full[result.recipe].append(result)
@@ -45,6 +62,12 @@ class Standing:
         """Our figure for a cell, by the whole protocol."""
         epochs = self.recipes[name].epochs
         values = [result.after(epochs).value for result in self.full.get(name, [])]
+        return Summary.of(values) if values else None
+
+    def steady(self, name: str) -> Summary | None:
+        """The median over the last ten epochs instead of the figure of one."""
+        recipe = self.recipes[name]
+        values = [median_of_last(run.history, recipe.metric, recipe.epochs) for run in self.full.get(name, [])]
         return Summary.of(values) if values else None
 
     def curves(self) -> dict[str, Curves]:
@@ -60,6 +83,16 @@ class Standing:
                     lines[title] = [[figure / about.scale for figure in run.history[watched]] for run in runs]
             if lines:
                 panels[about.title.replace("test", "validation")] = lines
+        for column, about in BENCHMARKS.items():
+            for network, named in NETWORKS.items():
+                names = {title: f"{column}/{network}_{rule}" for rule, title in FIELD.items()}
+                lines = {
+                    title: [run.history["val/error"] for run in self.field[name]]
+                    for title, name in names.items()
+                    if name in self.field
+                }
+                if lines:
+                    panels[f"{named}, {about.title.replace('test', 'validation')}"] = lines
         return panels
 
 
@@ -76,6 +109,7 @@ def page(standing: Standing, figure: str | None) -> str:
         f"validation; training losses at the last epoch. {RULE_OF_MARKS}"
     ]
     parts += [_column(standing, name, about) for name, about in COLUMNS.items()]
+    parts += [part for column in BENCHMARKS if (part := benchmark(column, standing.recipes, standing.field))]
     if figure:
         parts.append(
             f"## Learning curves\n\nMeans over seeds, the range over seeds shaded.\n\n![Learning curves]({figure})"
@@ -91,14 +125,13 @@ def page(standing: Standing, figure: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def figure_text(mean: float, std: float | None, column: Column) -> str:
-    """``2.29 ± 0.10`` in the column's units."""
-    text = f"{mean / column.scale:.{column.digits}f}"
-    return text if std is None else f"{text} ± {std / column.scale:.{column.digits}f}"
-
-
 def _column(standing: Standing, column: str, about: Column) -> str:
-    lines = [f"## {about.title}\n", "| rule | published | ours | seeds | |", "|---|--:|--:|--:|---|"]
+    last = column == "mnist_train_loss"
+    lines = [
+        f"## {about.title}\n",
+        f"| rule | published | ours | seeds | |{' ours, median of the last ten epochs |' if last else ''}",
+        f"|---|--:|--:|--:|---|{'--:|' if last else ''}",
+    ]
     for rule, title in RULES.items():
         recipe = standing.recipes.get(f"{column}/{rule}")
         if recipe is None or recipe.expected is None:
@@ -106,7 +139,11 @@ def _column(standing: Standing, column: str, about: Column) -> str:
         ours, published = standing.summary(recipe.name), recipe.expected
         said = figure_text(published.mean, published.std, about)
         cells = ["", ""] if ours is None else [figure_text(ours.mean, ours.std, about), str(ours.seeds)]
-        lines.append(f"| {title} | {said} | {cells[0]} | {cells[1]} | {mark(ours, published)} |")
+        line = f"| {title} | {said} | {cells[0]} | {cells[1]} | {mark(ours, published)} |"
+        if last:
+            steady = standing.steady(recipe.name)
+            line += f" {figure_text(steady.mean, steady.std, about) if steady else ''} |"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -134,7 +171,7 @@ def _further(standing: Standing) -> str:
     ]
     for (name, overrides, epochs), runs in sorted(standing.further.items()):
         ours = Summary.of([run.value for run in runs])
-        said = figure_text(ours.mean, ours.std, COLUMNS[name.split("/")[0]])
+        said = figure_text(ours.mean, ours.std, (COLUMNS | BENCHMARKS)[name.split("/")[0]])
         settings = ", ".join(f"`{override}`" for override in overrides)
         seconds = statistics.median(run.seconds_per_epoch for run in runs)
         lines.append(f"| `{name}` | {settings} | {epochs} | {said} | {ours.seeds} | {seconds:.3g} |")

@@ -23,6 +23,7 @@ from dfc_lightning.experiments.checkpoints import newest_whole
 from dfc_lightning.experiments.errors import Stopped
 from dfc_lightning.experiments.history import EpochOrder, HistoryFile
 from dfc_lightning.experiments.ledger import Ledger, LedgerError, Result
+from dfc_lightning.experiments.memory import PeakMemory
 from dfc_lightning.experiments.protocol import reported
 from dfc_lightning.experiments.recipe import Recipe
 from dfc_lightning.experiments.recipe_cli import RecipeCLI
@@ -122,6 +123,7 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
     ]
     if last is not None:
         options.append(f"--ckpt_path={last}")
+    memory = PeakMemory()
     with _quiet():
         callbacks = [EpochOrder(run.seed), history, _Progress(history, on_epoch)]
         fit = Fit(["fit", *options], callbacks, exit_on_error=False)
@@ -150,6 +152,7 @@ def _train(run: Run, folder: Path, on_epoch: Callable[[int, dict[str, float]], N
             "lightning": lightning.__version__,
             "dfc_lightning": dfc_lightning.__version__,
         },
+        peak_bytes=memory.read(device),
     )
     return result, fit.trainer.received_sigterm
 

@@ -46,6 +46,28 @@ RULES = {
 }
 """The table's rows by the names of their recipes."""
 
+BENCHMARKS = {
+    "cifar10": Column("CIFAR-10, test error, %"),
+    "cifar10_short": Column("CIFAR-10 in ten epochs, test error, %"),
+}
+"""Columns of the field's benchmark by the folder of their recipes, whose names are network_rule."""
+
+NETWORKS = {"vgg5": "VGG-5", "resnet20": "ResNet-20"}
+"""Its networks."""
+
+FIELD = {
+    "bp": "BP",
+    "dfc_layered": "DFC, layered feedback",
+    "dfc": "DFC-SS, direct feedback",
+    "kolen_pollack": "Kolen-Pollack",
+    "weight_mirror": "weight mirror",
+    "sign_symmetry": "sign symmetry (uSF)",
+    "fa": "FA",
+    "dfa": "DFA",
+    "predictive_coding": "predictive coding",
+}
+"""Its rules, in the order of its rows."""
+
 Mark = Literal["reproduced", "better", "worse", "not yet run"]
 
 RULE_OF_MARKS = (
@@ -83,3 +105,9 @@ def mark(ours: Summary | None, published: Published) -> Mark:
     if abs(ours.mean - published.mean) <= 2 * error:
         return "reproduced"
     return "better" if ours.mean < published.mean else "worse"  # not a number is worse
+
+
+def figure_text(mean: float, std: float | None, column: Column) -> str:
+    """``2.29 ± 0.10`` in the column's units."""
+    text = f"{mean / column.scale:.{column.digits}f}"
+    return text if std is None else f"{text} ± {std / column.scale:.{column.digits}f}"

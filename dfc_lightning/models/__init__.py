@@ -6,5 +6,7 @@ from dfc_lightning.models.lenet import LeNet
 from dfc_lightning.models.mlp import MLP
 from dfc_lightning.models.regressor import Regressor
 from dfc_lightning.models.resnet import ResNet
+from dfc_lightning.models.vgg import VGG5
+from dfc_lightning.models.warm_up_cosine import WarmUpCosine
 
-__all__ = ["MLP", "Autoencoder", "Classifier", "LeNet", "Regressor", "ResNet"]
+__all__ = ["MLP", "VGG5", "Autoencoder", "Classifier", "LeNet", "Regressor", "ResNet", "WarmUpCosine"]

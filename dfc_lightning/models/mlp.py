@@ -11,6 +11,7 @@ _NONLINEARITIES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
+    "gelu": nn.GELU,
     "softplus": nn.Softplus,
     "sigmoid": nn.Sigmoid,
     "identity": nn.Identity,
@@ -32,7 +33,7 @@ class MLP(nn.Sequential):
     Args:
         sizes: Number of units of every layer, from input to output.
         nonlinearity: Of all hidden layers, or a list with one for each: ``"tanh"``, ``"relu"``,
-            ``"leaky_relu"``, ``"elu"``, ``"softplus"``, ``"sigmoid"`` or ``"identity"``.
+            ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"softplus"``, ``"sigmoid"`` or ``"identity"``.
         initialization: Distribution of the weights: ``"xavier_normal"``, ``"xavier_uniform"``,
             ``"kaiming_normal"`` or ``"orthogonal"``.
 

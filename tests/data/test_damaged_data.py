@@ -142,8 +142,8 @@ def test_a_command_ends_in_the_sentence(tmp_path, monkeypatch, capsys, command):
     dumped(data=pixels(math.nan))(tmp_path / "cifar-10-batches-py" / BATCH)
     monkeypatch.setenv("DFC_DATA_ROOT", str(tmp_path))
     words = {
-        "fit": ["fit", f"--config={recipes}/cifar10/resnet_bp.yaml", "--data.init_args.validation_size=5"],
-        "reproduce": ["reproduce", f"--recipes={recipes}", "--column=cifar10", "--rule=resnet_bp", "--seeds=1"],
+        "fit": ["fit", f"--config={recipes}/cifar10/resnet20_bp.yaml", "--data.init_args.validation_size=5"],
+        "reproduce": ["reproduce", f"--recipes={recipes}", "--column=cifar10", "--rule=resnet20_bp", "--seeds=1"],
     }
     with pytest.raises(SystemExit) as stopped:
         cli.main(words[command])

@@ -367,7 +367,7 @@ def test_the_control_ratio_is_that_of_the_apical_to_the_basal_drive():
     [
         "mnist/lenet",
         pytest.param("fashion_mnist/lenet", marks=pytest.mark.slow),
-        pytest.param("cifar10/resnet", marks=pytest.mark.slow),
+        pytest.param("cifar10/resnet20", marks=pytest.mark.slow),
     ],
 )
 def test_a_recipe_builds_its_net_its_rule_and_its_data(task, rule, tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_a_recipe_builds_its_net_its_rule_and_its_data(task, rule, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dfc"])
     path = RECIPES / f"{task}_{rule}.yaml"
-    assert re.search(r"Ours: (not measured yet|test error \d)", path.read_text().split("\n\n")[0])
+    assert re.search(r"Ours: (not measured yet|test error \d|docs/results.md)", path.read_text().split("\n\n")[0])
     cli = Built(["fit", f"--config={path}", "--trainer.accelerator=cpu"])
     folder, network = task.split("/")
     assert type(cli.model.network) is (LeNet if network == "lenet" else ResNet)
