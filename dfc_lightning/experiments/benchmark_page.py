@@ -18,7 +18,7 @@ Runs = Mapping[str, Sequence[Result]]
 _ABOUT = (
     "Recipes `{column}/*`, {epochs} epochs; one learning rate and weight decay for all rules. *Best validation*: the "
     "test error at the epoch of best validation, mean ± standard deviation over seeds. *Best test*: the lowest test "
-    "error of all epochs, which is chosen by the test set and therefore too good; beside figures that others report so. "
+    "error of all epochs, which is chosen by the test set and therefore too good; beside what others report so. "
     "The price is the wall time of the median epoch, feedback learning, validation and test included, and the same in "
     "epochs of backprop on the same kind of machine, which may have been busy with other work; memory is the most that "
     "the process held, on a GPU the most that was allocated there."

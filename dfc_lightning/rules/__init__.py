@@ -11,6 +11,7 @@ from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.rules.minimum_norm import MinimumNorm
 from dfc_lightning.rules.sign_symmetry import SignSymmetry
 from dfc_lightning.rules.strong_dfc import StrongDFC, TwoPhaseStrongDFC
+from dfc_lightning.rules.target_projection import DirectRandomTargetProjection
 from dfc_lightning.rules.weight_mirror import WeightMirror
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Backprop",
     "Control",
     "Direct",
+    "DirectRandomTargetProjection",
     "FeedbackAlignment",
     "ForwardGradient",
     "KolenPollack",

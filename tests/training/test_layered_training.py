@@ -1,4 +1,4 @@
-"""Rules with layerwise feedback through the Trainer: they learn, several processes equal one, and runs go on."""
+"""Rules with layerwise feedback, and by labels alone, through the Trainer: they learn, ranks equal one, runs go on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dfc_lightning import (
     DFC,
     ControlError,
     DFCStrategy,
+    DirectRandomTargetProjection,
     FeedbackAlignment,
     FeedbackLearning,
     ForwardGradient,
@@ -40,6 +41,7 @@ RULES: dict[str, dict[str, Any]] = {
     "Kolen-Pollack": {"rule": KolenPollack()},
     "weight mirror": {"rule": WeightMirror(), "feedback": NOISY},
     "forward gradient": {"rule": ForwardGradient()},
+    "target projection": {"rule": DirectRandomTargetProjection()},
     "layered DFC": {"rule": LayeredDFC()},
     "layered DFC, noisy start": {"rule": LayeredDFC(), "feedback": replace(MIRRORED, method=SampledMirror())},
 }
