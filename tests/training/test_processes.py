@@ -182,7 +182,7 @@ def script(strategy: str, nodes: str, devices: str, folder: str) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     learning = FeedbackLearning(method=SampledFeedback(steps=4))
-    chosen = {"dfc": DFCStrategy, "dfc_ddp": DFCDDPStrategy}[strategy](feedback=learning)
+    chosen = {"dfc": DFCStrategy, "dfc_ddp": DFCDDPStrategy}[strategy](DFC(), feedback=learning)
     devices_and_nodes = {"devices": int(devices), "num_nodes": int(nodes)}
     trainer = quiet(chosen, **devices_and_nodes, max_epochs=1, precision="64-true", use_distributed_sampler=False)
     data = Dealt(clusters(64, dtype=torch.float64), False, False, None)
