@@ -78,11 +78,7 @@ class Conditions:
         if "condition_1" in metrics:
             metrics["condition_1"].update(forward.presynaptic)
         if "condition_2" in metrics:
-            jacobian = torch.cat(forward.jacobians(), dim=2)
-            if forward.layered or forward.unit is not None:
-                feedback = torch.cat(forward.feedback_rows(), dim=2).mT
-            else:
-                feedback = forward.stacked_feedback
+            jacobian, feedback = torch.cat(forward.jacobians(), dim=2), forward.joint_feedback()
             for name in ("condition_2", "feedback_to_transpose", "feedback_to_pseudoinverse"):
                 metrics[name].update(feedback, jacobian)
             if self.controller is not None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from dfc_lightning.feedback_learning import FeedbackLearner
-from dfc_lightning.network import ControlledNetwork
 from dfc_lightning.training.controlled import ControlledTraining
 from dfc_lightning.training.loop import silenced
 
@@ -121,15 +120,8 @@ def _step_of_a_copy(trainer: pl.Trainer, module: pl.LightningModule, batch: Any,
     strategy = trainer.strategy
     network = learner = None
     if isinstance(strategy, ControlledTraining) and strategy.network is not None:
-        network = ControlledNetwork(
-            twin,
-            strategy.network_name,
-            strategy.feedback_init,
-            strategy.network.seed,
-            strategy.conv_feedback,
-            extra_points=strategy.extra_points,
-        )
-        if strategy.learning is not None and strategy.learning.has_steps:
+        network = strategy.controlled(twin, strategy.feedback_init, strategy.network.seed)
+        if strategy.learning is not None and strategy.learning.every_n_batches:
             learner = FeedbackLearner(network, strategy.learning, strategy.network.seed)
 
     def loss() -> Tensor:

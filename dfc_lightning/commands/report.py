@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfc_lightning.commands.options import add_recipes
 from dfc_lightning.experiments.figures import draw_learning_curves
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.report import Standing, page
-from dfc_lightning.experiments.shipped import recipes_folder
 from dfc_lightning.experiments.table import BENCHMARKS, COLUMNS
 
 
@@ -33,13 +33,7 @@ def main(args: Sequence[str]) -> None:
         metavar="DIR",
         help="default: results; several folders, of several machines, count as one",
     )
-    arguments.add_argument(
-        "--recipes",
-        type=Path,
-        default=recipes_folder(),
-        metavar="DIR",
-        help="default: recipes, or those that come with the package",
-    )
+    add_recipes(arguments)
     arguments.add_argument(
         "--output", type=Path, default=Path("docs/results.md"), metavar="FILE", help="default: docs/results.md"
     )

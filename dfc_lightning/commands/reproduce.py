@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfc_lightning.commands.options import add_recipes
 from dfc_lightning.experiments.campaign import carry_out, positive, told_failures
 from dfc_lightning.experiments.ledger import Ledger
 from dfc_lightning.experiments.recipe import Recipe, find_recipes
 from dfc_lightning.experiments.runner import plan
-from dfc_lightning.experiments.shipped import recipes_folder
 from dfc_lightning.experiments.table import COLUMNS, RULES
 
 _DESCRIPTION = """\
@@ -43,13 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--shard", type=shard, metavar="I/N", help="of the runs only the I-th, the (I+N)-th, ..., e.g. 3/8"
     )
     made.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    made.add_argument(
-        "--recipes",
-        type=Path,
-        default=recipes_folder(),
-        metavar="DIR",
-        help="default: recipes, or those that come with the package",
-    )
+    add_recipes(made)
     made.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="checkpoints (default: runs/reproduce)"
     )

@@ -34,7 +34,7 @@ def reported(history: History, metric: str, epochs: int | None = None) -> Report
     if not metric.startswith("test/"):
         return Reported(values[-1], len(values) - 1)
     validation = list(history[metric.replace("test/", "val/", 1)])[:epochs]
-    best = min(range(len(validation)), key=lambda i: math.inf if math.isnan(validation[i]) else validation[i])
+    best = _lowest(validation)
     return Reported(values[best], best)
 
 
@@ -47,8 +47,13 @@ def best_test(history: History, metric: str, epochs: int | None = None) -> Repor
         epochs: count only so many, from the start.
     """
     values = list(history[metric])[:epochs]
-    best = min(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i])
+    best = _lowest(values)
     return Reported(values[best], best)
+
+
+def _lowest(values: Sequence[float]) -> int:
+    """Where the lowest is that is a number, the first if there are several."""
+    return min(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i])
 
 
 def median_of_last(history: History, metric: str, epochs: int | None = None, last: int = 10) -> float:

@@ -232,9 +232,9 @@ class FeedbackLearner:
 
     def _noise(self, output: Tensor) -> Noise:
         """Draws for the samples of ``output``, (B, n_L), out of those for the joint batch."""
-        chance = Chance(self.seed, self.steps, self.ranks.rank, self.ranks.world_size, output.device)
+        drawing = Chance(self.seed, self.steps, self.ranks.rank, self.ranks.world_size, output.device).drawing()
         # In float32 they cost a sixth on a CPU, and noise needs no more digits.
-        return lambda shape: chance.of_samples(shape).to(output.dtype)
+        return lambda shape: drawing.of_samples(shape).to(output.dtype)
 
     def _averaged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means over the processes, by one reduction."""

@@ -48,7 +48,7 @@ def control_matrix(
     from du/dt = c e − αu + k_p de/dt, where c = 1 if the control leaks and 1 + α k_p if its integral does.
 
     Args:
-        forward: the pass of a chain, bound to Q_i; A is that of its feedforward state.
+        forward: the pass of a chain, bound to feedback weights; A is that of its feedforward state.
         controller: α, k_p and what leaks.
         tau_ratio: τ = τ_v / τ_u.
         coordinates: ``"voltages"``, z = (Δv, u), the paper's Ã; or ``"driven"``, z = ((I − Ĵ)Δv, u), what each layer's
@@ -65,7 +65,7 @@ def control_matrix(
         "instantaneous_matrix(...) tells whether a slow controller is stable.",
     )
     slopes = [d.double() for d in dense.slopes]
-    q, sizes, outputs = dense.stacked_feedback.double(), dense.widths, dense.outputs
+    q, sizes, outputs = dense.joint_feedback().double(), dense.widths, dense.outputs
     units, batch = sum(sizes), slopes[0].shape[0]
     identity = torch.eye(units + outputs, dtype=q.dtype, device=q.device)
     still = identity[:units, :units].repeat(batch, 1, 1)  # I − Ĵ

@@ -3,7 +3,8 @@
 from dfc_lightning.passes.dense import DenseDeviation, DensePass, Layers
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
-from dfc_lightning.passes.recorded import RecordedDeviation, RecordedPass
+from dfc_lightning.passes.recorded import RecordedPass
+from dfc_lightning.passes.recorded_deviation import RecordedDeviation
 
 __all__ = [
     "PLASTICITIES",

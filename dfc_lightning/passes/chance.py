@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,18 +27,31 @@ class Chance:
     world_size: int = 1
     device: torch.device = torch.device("cpu")
 
-    @cached_property
-    def _generator(self) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(mixed(self.seed, self.step))
+    def drawing(self) -> Drawing:
+        """The batch's draws from the first on: the same again at each call, for monitors that have a rule teach."""
+        return Drawing(self)
+
+
+class Drawing:
+    """Draws one after the other.
+
+    Args:
+        chance: whose they are.
+    """
+
+    def __init__(self, chance: Chance) -> None:
+        self.chance = chance
+        self._generator = torch.Generator(chance.device).manual_seed(mixed(chance.seed, chance.step))
 
     def shared(self, shape: Sequence[int]) -> Tensor:
         """The same on all processes; float32."""
-        return torch.randn(tuple(shape), generator=self._generator, device=self.device, dtype=torch.float32)
+        generator, device = self._generator, self.chance.device
+        return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
 
     def of_samples(self, shape: Sequence[int]) -> Tensor:
         """For the samples in dimension 0, out of draws for the joint batch; float32."""
-        joint = self.shared((shape[0] * self.world_size, *shape[1:]))
-        return joint[self.rank :: self.world_size]
+        joint = self.shared((shape[0] * self.chance.world_size, *shape[1:]))
+        return joint[self.chance.rank :: self.chance.world_size]
 
 
 def mixed(seed: int, step: int) -> int:

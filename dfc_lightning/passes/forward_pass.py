@@ -59,6 +59,12 @@ def joint_norm(several: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(each.flatten(1), dim=1) for each in several]).norm(dim=0).unsqueeze(1)
 
 
+def gain_size(gained: Tensor, offset: Tensor) -> Tensor:
+    """‖JQ δ_L‖ / ‖δ_L‖ of each sample, (B, 1), from both; 1 where either is zero."""
+    size = torch.linalg.vector_norm(gained, dim=1, keepdim=True) / torch.linalg.vector_norm(offset, dim=1, keepdim=True)
+    return torch.where(size.isfinite() & (size > 0), size, 1.0)
+
+
 class ForwardPass(ABC, Generic[D]):
     """A feedforward pass over a batch of B samples through a network of L control points, and what can be asked of it.
 
@@ -168,10 +174,7 @@ class ForwardPass(ABC, Generic[D]):
         """The same pass with feedback divided by the size of JQ along δ_L = ``offset``, (B, n_L), in each sample."""
         driven = self.apical(offset)
         gained = self.linear_response(driven)
-        size = torch.linalg.vector_norm(gained, dim=1, keepdim=True) / torch.linalg.vector_norm(
-            offset, dim=1, keepdim=True
-        )
-        size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+        size = gain_size(gained, offset)
         return self._copy(feedback=self.feedback, unit=Unit(size, gained / size, joint_norm(driven)))
 
     def _copy(self, **changed: Any) -> Self:
@@ -271,6 +274,12 @@ class ForwardPass(ABC, Generic[D]):
         else:
             rows = [q.T.expand(self.batch_size, -1, -1) for q in self.feedback]
         return rows if self.unit is None else [r / self.unit.size.unsqueeze(2) for r in rows]
+
+    def joint_feedback(self) -> Tensor:
+        """All Q_i one above the other, (Σ n_i, n_L); where samples have each their own, K_i, (B, Σ n_i, n_L)."""
+        if self.layered or self.unit is not None:
+            return torch.cat(self.feedback_rows(), dim=2).mT
+        return self.stacked_feedback
 
     def gain(self, at: D | None = None) -> Tensor:
         """JQ = Σ_i J_i Q_i, (B, n_L, n_L), at the feedforward or a controlled state; J_i K_i of layered feedback."""

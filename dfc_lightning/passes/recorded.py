@@ -22,63 +22,16 @@ from dfc_lightning.operations.nonlinearity import Identity
 from dfc_lightning.operations.operation import Deviations, Frame, constant
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.chance import Chance
-from dfc_lightning.passes.forward_pass import Deviation, ForwardPass, Unit
+from dfc_lightning.passes.forward_pass import ForwardPass, Unit
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.passes.record import Record
+from dfc_lightning.passes.recorded_deviation import RecordedDeviation, slot_first, slot_matrix
 
 MEAN_OVER = 8
 """Samples that the batch-mean gain is taken from."""
 
 ROWS_AT_ONCE = 512
 """Rows of Jacobians that ride back through the network together."""
-
-
-@dataclass
-class RecordedDeviation(Deviation):
-    """How a controlled network deviates from feedforward.
-
-    Args:
-        driven: what drives each point beyond its input, in the shape of its voltage.
-        moved: every deviation, by slot.
-        record: what the slots are.
-        layouts: where the samples lie in each.
-        late: what has arrived at each point by now, less what has arrived when its soma last moved; None where
-            transmission is instantaneous.
-    """
-
-    driven: list[Tensor]
-    moved: Deviations
-    record: Record
-    layouts: Sequence[Layout]
-    late: list[Tensor] | None = None
-
-    @property
-    def output(self) -> Tensor:
-        found = self.moved[self.record.output]
-        assert found is not None
-        return _matrix(self.layouts, self.record.output, found)
-
-    @property
-    def basal(self) -> list[Tensor]:  # type: ignore[override]
-        arriving = (_first(self.layouts, p.source, self.moved[p.source]) for p in self.record.passages)
-        return [torch.zeros_like(d) if b is None else b for b, d in zip(arriving, self.driven)]
-
-    def where(self, keep: Tensor, other: RecordedDeviation | None = None) -> RecordedDeviation:
-        def choose(
-            mine: Sequence[Tensor | None], others: Sequence[Tensor | None] | None, layouts: Sequence[Layout]
-        ) -> list:
-            if others is None:
-                others = [None] * len(mine)
-            return [_where(keep, a, b, layout) for a, b, layout in zip(mine, others, layouts)]
-
-        first = [FIRST] * len(self.driven)
-        return RecordedDeviation(
-            choose(self.driven, None if other is None else other.driven, first),
-            choose(self.moved, None if other is None else other.moved, self.layouts),
-            self.record,
-            self.layouts,
-            None if self.late is None else choose(self.late, None if other is None else other.late, first),
-        )
 
 
 @dataclass(eq=False)
@@ -109,7 +62,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
 
     @property
     def output(self) -> Tensor:
-        return _matrix(self.frame.layouts, self.record.output, self.frame[self.record.output])
+        return slot_matrix(self.frame.layouts, self.record.output, self.frame[self.record.output])
 
     @property
     def v(self) -> list[Tensor]:  # type: ignore[override]
@@ -195,7 +148,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
             if isinstance(each, Passage):
                 layout = frame.layouts[each.target]
                 moved[each.target] = layout.back(
-                    at_point(each.index, _first(frame.layouts, each.source, moved[each.source]))
+                    at_point(each.index, slot_first(frame.layouts, each.source, moved[each.source]))
                 )
             elif any(moved[s] is not None for s in each.inputs):
                 changes = (each.tangents if linear else each.deviations)(frame, moved)
@@ -222,7 +175,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     def linear_response(self, driven: Sequence[Tensor]) -> Tensor:
         found = self._driven_pass(driven, linear=True)[self.record.output]
         assert found is not None
-        return _matrix(self.frame.layouts, self.record.output, found)
+        return slot_matrix(self.frame.layouts, self.record.output, found)
 
     def pull(
         self,
@@ -240,7 +193,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     def output_errors(self, error: Tensor) -> list[Tensor | None]:
         errors = self._pulled(error, self.frame, self.record.tail)
         return [
-            _first(self.frame.layouts, p.target, errors[p.target]) if count == 1 else None
+            slot_first(self.frame.layouts, p.target, errors[p.target]) if count == 1 else None
             for p, count in zip(self.passages, self.somata)
         ]
 
@@ -371,7 +324,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
 
     def heard(self, deviation: RecordedDeviation) -> list[Tensor]:
         layouts = self.frame.layouts
-        moved = [_first(layouts, s.heard, deviation.moved[s.heard]) for s in self.record.segments]
+        moved = [slot_first(layouts, s.heard, deviation.moved[s.heard]) for s in self.record.segments]
         return [r if d is None else r + d for r, d in zip(self.presynaptic, moved)]
 
     def gradients(
@@ -384,22 +337,3 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
                 self.record.segments, self.passages, signals, self.presynaptic if heard is None else heard
             )
         ]
-
-
-def _first(layouts: Sequence[Layout], slot: int, value: Tensor | None) -> Tensor | None:
-    """A slot's tensor with the samples in its first dimension."""
-    return None if value is None else layouts[slot].first(value)
-
-
-def _matrix(layouts: Sequence[Layout], slot: int, value: Tensor) -> Tensor:
-    """The output as (B, n_L)."""
-    return value if layouts[slot] == FIRST else layouts[slot].first(value).flatten(1)
-
-
-def _where(keep: Tensor, mine: Tensor | None, other: Tensor | None, layout: Layout) -> Tensor | None:
-    if mine is None:
-        return None
-    other = torch.zeros_like(mine) if other is None else other
-    if layout != FIRST:
-        mine, other = layout.first(mine), layout.first(other)
-    return layout.back(torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, other))

@@ -97,20 +97,25 @@ class DFC(LearningRule):
         relative = forward.in_unit(offset) if self.relative else forward
         settled = self.settling.settle(relative, offset, self.controller)
         counted = settled.counted(drop)
-        response = settled.response if counted.all() else settled.response.where(counted)
+        response = settled.response_of(counted)
         if forward.layered and self.plasticity == "voltage_difference":
             signals = list(response.driven)  # which are zero where a unit loses in pooling
         else:
             signals = forward.postsynaptic(response, self.plasticity)
         if (unit := relative.unit) is not None:
-            driven = joint_norm(response.driven)
-            sizes = torch.where(driven > 0, unit.drive / driven, 1.0)
+            sizes = relative_size(unit.drive, response.driven)
             if forward.layered and forward.batched and self.plasticity == "voltage_difference":
                 control = torch.where(counted.unsqueeze(1), settled.control * sizes / unit.size, 0.0)
                 signals = forward.pull(control, through=forward.feedback, live=True)
             else:
                 signals = scaled(signals, sizes)
         return Update(forward.gradients(signals, forward.heard(response), scale), settled=settled)
+
+
+def relative_size(wanted: Tensor, driven: Sequence[Tensor]) -> Tensor:
+    """By what to multiply what is driven for a sample's to have the norm wanted, both (B, 1); 1 where nothing is."""
+    norm = joint_norm(driven)
+    return torch.where(norm > 0, wanted / norm, 1.0)
 
 
 def scaled(signals: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:

@@ -22,10 +22,9 @@ class ForwardGradient(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        own = forward.output_errors(loss_grad)
+        own, drawing = forward.output_errors(loss_grad), forward.chance.drawing()
         drawn = [
-            forward.chance.of_samples(v.shape).to(v) if e is None else torch.zeros_like(v)
-            for v, e in zip(forward.v, own)
+            drawing.of_samples(v.shape).to(v) if e is None else torch.zeros_like(v) for v, e in zip(forward.v, own)
         ]
         slope = torch.linalg.vecdot(forward.linear_response(drawn), loss_grad)
         signals = [slope.view(-1, *[1] * (xi.dim() - 1)) * xi if e is None else e for xi, e in zip(drawn, own)]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dfc_lightning.errors import require
 from dfc_lightning.network.learning_rule import Control, LearningRule, Update
-from dfc_lightning.passes.forward_pass import ForwardPass, joint_norm
+from dfc_lightning.passes.forward_pass import ForwardPass, gain_size, joint_norm
 from dfc_lightning.passes.gram import gram_factor
 from dfc_lightning.passes.plasticity import Plasticity
-from dfc_lightning.rules.dfc import scaled
+from dfc_lightning.rules.dfc import relative_size, scaled
 from dfc_lightning.settling.target import NudgedTarget
 
 
@@ -55,8 +55,7 @@ class MinimumNorm(LearningRule):
         response = forward.respond(driven) if self.controlled_input else forward.apart(driven)
         signals = forward.postsynaptic(response, self.plasticity)
         if self.relative:
-            norm = joint_norm(driven)
-            signals = scaled(signals, torch.where(norm > 0, joint_norm(forward.pull(offset)) / norm, 1.0))
+            signals = scaled(signals, relative_size(joint_norm(forward.pull(offset)), driven))
         return Update(forward.gradients(signals, forward.heard(response) if self.controlled_input else None, scale))
 
 
@@ -79,5 +78,4 @@ def relative_damping(jacobians: Sequence[Tensor], offset: Tensor) -> Tensor:
     """‖JJᵀ δ_L‖ / ‖δ_L‖ of each sample, (B, 1); 1 where either is zero."""
     error = offset.unsqueeze(2)
     gained = torch.stack([j @ (j.mT @ error) for j in jacobians]).sum(0).squeeze(2)
-    size = torch.linalg.vector_norm(gained, dim=1, keepdim=True) / torch.linalg.vector_norm(offset, dim=1, keepdim=True)
-    return torch.where(size.isfinite() & (size > 0), size, 1.0)
+    return gain_size(gained, offset)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dfc_lightning.errors import require
 from dfc_lightning.network.initial_feedback import xavier_spread
 from dfc_lightning.network.learning_rule import Layerwise, LearningRule, Update
+from dfc_lightning.passes.chance import Drawing
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.rules.feedback_alignment import through
 
@@ -38,16 +39,17 @@ class SignSymmetry(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
+        drawing = forward.chance.drawing()
         found = [
-            w.sign() * self._sizes(forward, i, w) if w is not None and hears else loss_grad.new_empty(0)
+            w.sign() * self._sizes(forward, i, w, drawing) if w is not None and hears else loss_grad.new_empty(0)
             for i, (w, hears) in enumerate(zip(forward.layer_weights(), forward.hears))
         ]
         return through(forward.with_feedback(found, layered=True), loss_grad)
 
-    def _sizes(self, forward: ForwardPass, index: int, weight: Tensor) -> Tensor | float:
+    def _sizes(self, forward: ForwardPass, index: int, weight: Tensor, drawing: Drawing) -> Tensor | float:
         if self.variant == "fixed_random":
             return forward.feedback[index].abs()
         spread = xavier_spread(weight)
         if self.variant == "uniform":
             return spread
-        return forward.chance.shared(weight.shape).abs().to(weight) * spread
+        return drawing.shared(weight.shape).abs().to(weight) * spread

@@ -151,7 +151,7 @@ class TwoPhaseStrongDFC(LearningRule):
         else:
             settled = settle_linked(self.settling, forward, -loss_grad, controller, self.link)
         counted = settled.counted(drop_unconverged=False)
-        response = settled.response if counted.all() else settled.response.where(counted)
+        response = settled.response_of(counted)
         signals = forward.postsynaptic(response, self.plasticity)
         return Update(forward.gradients(signals, forward.heard(response), scale=-1.0), settled=settled)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.feedback_learning.learner import FeedbackLearning
+from dfc_lightning.feedback_learning.learner import MIRRORED, FeedbackLearning
 from dfc_lightning.feedback_learning.mirror import SampledMirror
 from dfc_lightning.network.learning_rule import Layerwise, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
@@ -19,15 +19,8 @@ class WeightMirror(LearningRule):
     """Feedback alignment through B_i that learn in a mirror phase to follow W_i; see :class:`SampledMirror`."""
 
     feedback: ClassVar[Layerwise] = Layerwise(learned=True)
-    learning: ClassVar[FeedbackLearning] = FeedbackLearning(
-        SampledMirror(),
-        passes_per_epoch=0,
-        every_n_batches=1,
-        max_batches=200,
-        lr=0.02,
-        optimizer="sgd",
-        weight_decay=0.0,
-        clip_norm=None,
+    learning: ClassVar[FeedbackLearning] = replace(
+        MIRRORED, method=SampledMirror(), every_n_batches=1, max_batches=200, lr=0.02
     )
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:

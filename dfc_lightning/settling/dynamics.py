@@ -69,12 +69,9 @@ class ControlledDynamics(ABC):
 
     def advance_control(self) -> None:
         """One step of the controller, from the present error."""
-        dt, pi = self.step.dt, self.controller
         error = torch.sub(self.offset, self.rates[-1], out=self._error)
         self._u_before.copy_(self.u)
-        leak = self.u_int if pi.leak == "integral" else self.u
-        self.u_int.sub_(leak, alpha=dt * pi.alpha).add_(error, alpha=dt)
-        self.u = torch.add(self.u_int, error, alpha=pi.k_p, out=self.u) if pi.k_p else self.u_int
+        self.u = controlled(self.controller, self.step.dt, error, self.u_int, self.u)
 
     @property
     def driven(self) -> list[Tensor]:
@@ -108,6 +105,13 @@ class ControlledDynamics(ABC):
             self.stacked_apical.addmm_(heard, self._pass.stacked_feedback.T, beta=1 - share, alpha=share)
         if noise is not None:
             self.stacked_apical.add_(noise)
+
+
+def controlled(controller: PIController, dt: float, error: Tensor, u_int: Tensor, u: Tensor) -> Tensor:
+    """One step of the controller: u, written over ``u`` as ``u_int`` is over itself; without gain u is ``u_int``."""
+    leak = u_int if controller.leak == "integral" else u
+    u_int.sub_(leak, alpha=dt * controller.alpha).add_(error, alpha=dt)
+    return torch.add(u_int, error, alpha=controller.k_p, out=u) if controller.k_p else u_int
 
 
 @singledispatch

@@ -57,11 +57,10 @@ class Equation:
         """That of some samples only; ``index`` as for a tensor's first dimension."""
         return replace(self, forward=self.forward.samples(index), offset=self.offset[index])
 
-    def root(self, inverse: Inverse) -> Root[Deviation]:
-        """Broyden's root from the inverse's first step."""
-        return self._counted(
-            find_root(self, inverse.step(self.offset), inverse, self.offset, self.accuracy, self.affordable)
-        )
+    def root(self, inverse: Inverse, start: Tensor | None = None) -> Root[Deviation]:
+        """Broyden's root from ``start``, (B, n_L), or else from the inverse's first step."""
+        start = inverse.step(self.offset) if start is None else start
+        return self._counted(find_root(self, start, inverse, self.offset, self.accuracy, self.affordable))
 
     def linear_root(self, inverse: Inverse) -> Root[None]:
         """That of :meth:`linear`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dfc_lightning.passes.forward_pass import Deviation
-from dfc_lightning.settling.broyden import Root, StoredSteps, find_root
+from dfc_lightning.settling.broyden import Root, StoredSteps
 from dfc_lightning.settling.equation import Equation
 
 
@@ -14,23 +14,19 @@ def layered_root(equation: Equation) -> Root[Deviation]:
 
     What measures that size, JQ δ_L, gives the first step's outcome to first order, and with it the second step.
     """
-    forward, offset, leakage = equation.forward, equation.offset, equation.leakage
-    unit = forward.unit
+    offset, leakage, unit = equation.offset, equation.leakage, equation.forward.unit
     if unit is None:
         equation.spend(1)
-        unit = forward.in_unit(offset).unit
-        assert unit is not None
-        unit = unit._replace(gained=unit.gained * unit.size)
-        size = unit.size
+        found = equation.forward.in_unit(offset).unit
+        assert found is not None
+        size, gained = found.size, found.gained * found.size
     else:
-        size = torch.ones_like(unit.size)
+        size, gained = torch.ones_like(unit.size), unit.gained
     share = 1 / (size + leakage)
     inverse = StoredSteps(lambda value: value * share)
     first = inverse.step(offset)
-    left = offset - share * (unit.gained + leakage * offset)
+    left = offset - share * (gained + leakage * offset)
     inverse.learn(first, left - offset)
     second = inverse.step(left)
     inverse.learn(second, -left)
-    found = find_root(equation, first + second, inverse, offset, equation.accuracy, equation.affordable)
-    equation.spend(1 + found.iterations)
-    return found
+    return equation.root(inverse, first + second)

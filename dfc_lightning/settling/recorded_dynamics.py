@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.operation import Deviations
-from dfc_lightning.passes.recorded import RecordedDeviation, RecordedPass
+from dfc_lightning.passes.recorded import RecordedPass
+from dfc_lightning.passes.recorded_deviation import RecordedDeviation
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import ControlledDynamics, dynamics_of
 from dfc_lightning.settling.time_step import TimeStep

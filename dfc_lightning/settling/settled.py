@@ -50,6 +50,10 @@ class Settled:
         sound = (self.residual <= DIVERGED_BEYOND) & torch.isfinite(self.control).all(1)
         return sound & self.converged if drop_unconverged else sound
 
+    def response_of(self, counted: Tensor) -> Deviation:
+        """The deviations of the samples of a mask, (B,), and none of the rest."""
+        return self.response if counted.all() else self.response.where(counted)
+
 
 Taught = list[list[Tensor]]
 """For each point, what its weight, its bias and the parameters of a normalisation are taught."""
@@ -110,9 +114,13 @@ class Simulation(Settling):
 
 def relative_residual(offset: Tensor, output: Tensor, control: Tensor, leakage: float) -> Tensor:
     """‖δ_L − δr_L − α̃ u‖ / ‖δ_L‖ of each sample, (B,); zero for a sample whose target is met from the start."""
-    missing = torch.linalg.vector_norm(offset - output - leakage * control, dim=1)
-    size = torch.linalg.vector_norm(offset, dim=1)
-    return torch.where(size > 0, missing / size, missing)
+    return share_missed(offset - output - leakage * control, offset)
+
+
+def share_missed(missing: Tensor, offset: Tensor) -> Tensor:
+    """The norm of what is missing by that of the error at the start, (B,); of a sample without error, the norm."""
+    missed, size = (torch.linalg.vector_norm(each, dim=1) for each in (missing, offset))
+    return torch.where(size > 0, missed / size, missed)
 
 
 def at_rest(

@@ -19,7 +19,7 @@ from dfc_lightning.passes.dense import DenseDeviation, DensePass
 from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.dynamics import dynamics_of
+from dfc_lightning.settling.dynamics import controlled, dynamics_of
 from dfc_lightning.settling.link import Link, linked
 from dfc_lightning.settling.settled import Taught
 from dfc_lightning.settling.time_step import TimeStep
@@ -75,7 +75,7 @@ def strong_dynamics(
     link: Link,
     controller: PIController,
     step: TimeStep,
-    plasticity: Plasticity = "rate_difference",
+    plasticity: Plasticity,
 ) -> StrongDynamics:
     """The dynamics from the feedforward state on, rates reaching the next layer within a step.
 
@@ -176,11 +176,8 @@ class StrongChain(StrongDynamics):
         return self._label - linked(self._link, self.r[-1])
 
     def advance_control(self) -> None:
-        error, dt, pi = self.error, self.step.dt, self.controller
         self._u_before.copy_(self._u)
-        leak = self._u_int if pi.leak == "integral" else self._u
-        self._u_int.sub_(leak, alpha=dt * pi.alpha).add_(error, alpha=dt)
-        torch.add(self._u_int, error, alpha=pi.k_p, out=self._u)
+        self._u = controlled(self.controller, self.step.dt, self.error, self._u_int, self._u)
 
     def advance_compartments(self, noise: Tensor | None = None) -> None:
         step, weights = self.step, self.forward.weights
@@ -226,16 +223,7 @@ class StrongChain(StrongDynamics):
         return DenseDeviation(basal, driven, [r - at_rest for r, at_rest in zip(self.r, forward.r)])
 
 
-@strong_dynamics.register
-def _(
-    forward: DensePass,
-    offset: Tensor,
-    link: Link,
-    controller: PIController,
-    step: TimeStep,
-    plasticity: Plasticity = "rate_difference",
-) -> StrongDynamics:
-    return StrongChain(forward, offset, link, controller, step, plasticity)
+strong_dynamics.register(DensePass, StrongChain)
 
 
 def _write(phi: Nonlinearity, v: Tensor, r: Tensor) -> None:

@@ -8,7 +8,7 @@ them, as in Meulemans et al. 2022.
 # Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import stacked_noise
 from dfc_lightning.settling.link import Link
-from dfc_lightning.settling.settled import Settled, Settling, Taught
+from dfc_lightning.settling.settled import Settled, Settling, Taught, share_missed
 from dfc_lightning.settling.strong_dynamics import StrongDynamics, strong_dynamics
 from dfc_lightning.settling.time_step import TimeStep
 
@@ -39,10 +39,10 @@ def draws(forward: ForwardPass, like: Tensor, keep: Tensor | None = None) -> Dra
         like: in whose dtype.
         keep: which samples draws are for, (B,) bool, each given those that it has among all; None for all.
     """
-    chance, shape = replace(forward.chance), (forward.batch_size, sum(forward.widths))
+    drawing, shape = forward.chance.drawing(), (forward.batch_size, sum(forward.widths))
 
     def draw() -> Tensor:
-        drawn = chance.of_samples(shape)
+        drawn = drawing.of_samples(shape)
         return (drawn if keep is None else drawn[keep]).to(like.dtype)
 
     return draw
@@ -181,7 +181,5 @@ class StrongSimulation(Settling):
         return lambda: held.mul_(left).addcmul_(draw(), kick)
 
     def _settled(self, offset: Tensor, controller: PIController, dynamics: StrongDynamics) -> Settled:
-        missing = torch.linalg.vector_norm(dynamics.error - controller.steady_leakage * dynamics.u, dim=1)
-        size = torch.linalg.vector_norm(offset, dim=1)
-        residual = torch.where(size > 0, missing / size, missing)
+        residual = share_missed(dynamics.error - controller.steady_leakage * dynamics.u, offset)
         return Settled(dynamics.u, dynamics.response(), residual, residual <= 1, self.steps)

@@ -165,21 +165,22 @@ class ControlledTraining(InStep):
         refuse_manual_optimization(module)
         refuse_compiled(module)
         refuse_pruning(trainer)
-        refuse_settling(self.rule, self._controlled(module))  # raises too if the module cannot be controlled
+        refuse_settling(self.rule, self.controlled(module))  # raises too if the module cannot be controlled
 
     def _take_control(self, module: pl.LightningModule, seed: int | None = None) -> None:
         if self.seed is not None:
             seed = self.seed
         elif seed is None:
             seed = self.broadcast(torch.initial_seed())
-        self.network, self._known = self._controlled(module, self.feedback_init, seed), False
+        self.network, self._known = self.controlled(module, self.feedback_init, seed), False
         self.network.weights.average = self.reduce
         self.network.ranks = self._ranks.rank, self._ranks.world_size
         self._set_up_feedback(self.network)
 
-    def _controlled(
+    def controlled(
         self, module: pl.LightningModule, feedback_init: FeedbackInit | None = None, seed: int | None = None
     ) -> ControlledNetwork:
+        """A controlled network of a module by this strategy's arguments."""
         return ControlledNetwork(
             module, self.network_name, feedback_init, seed, self.conv_feedback, extra_points=self.extra_points
         )

@@ -55,7 +55,7 @@ class ResumableTraining(ControlledTraining):
         if fitting:
             if checkpoint.get(CHECKPOINT_KEY) is not None:
                 _as_trainable(module, checkpoint[CHECKPOINT_KEY])
-                rehearse(checkpoint, self._controlled(module), self.rule, self.learning)
+                rehearse(checkpoint, self.controlled(module), self.rule, self.learning)
             self._before_loading = copy.deepcopy(module.state_dict())
         if isinstance(self.precision_plugin, DoublePrecision):
             self.precision_plugin.convert_module(module)  # Lightning does so later, and the weights would be rounded

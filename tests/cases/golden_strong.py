@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
-from functools import cache, cached_property
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from cases.golden import FOLDER
 from dfc_lightning.operations.nonlinearity import Identity, Tanh
 from dfc_lightning.passes import DensePass, Layers
-from dfc_lightning.passes.chance import Chance
+from dfc_lightning.passes.chance import Chance, Drawing
 from dfc_lightning.settling import PIController, StrongSimulation
 
 DEPTH = 3
@@ -108,10 +108,16 @@ class Strong:
         """The same as what a rule draws."""
         case = self
 
+        class Recorded(Drawing):
+            def __init__(self, chance: Chance) -> None:
+                self.draw = case.draws(mode)
+
+            def of_samples(self, shape: Sequence[int]) -> Tensor:
+                return self.draw()
+
         class Given(Chance):
-            @cached_property
-            def of_samples(self) -> Any:  # begins anew in each copy
-                return case.draws(mode)
+            def drawing(self) -> Drawing:
+                return Recorded(self)
 
         return Given(0, 0)
 

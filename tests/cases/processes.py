@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import socket
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +231,30 @@ def on_all(value: Any) -> list[Any]:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def trained_on_two(fitted: Any, names: Iterable[str], folder: Path) -> Path:
+    """Train each case by two processes, which have to agree, and keep what was learned in ``folder``.
+
+    Args:
+        fitted: trains the case of a name on so many processes; a function of a module.
+        names: of the cases.
+        folder: where.
+    """
+    spawn(partial(_train_all, fitted, list(names)), 2, folder)
+    return folder
+
+
+def _train_all(fitted: Any, names: Sequence[str], rank: int, processes: int, folder: str) -> None:
+    for name in names:
+        trainer, module = fitted(name, processes)
+        assert len(set(on_all(digest(learned(trainer, module))))) == 1, f"{name}: ranks differ"
+        if rank == 0:
+            torch.save(learned(trainer, module), Path(folder, f"{name}.pt"))
+
+
+def furthest(fitted: Any, name: str, folder: Path) -> tuple[str, float]:
+    """What one process learns most differently of the joint batch, and by how much."""
+    apart = distance(learned(*fitted(name, 1, joint=2)), torch.load(folder / f"{name}.pt"))
+    worst = max(apart, key=apart.get)
+    return worst, apart[worst]

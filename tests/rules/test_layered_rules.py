@@ -29,6 +29,7 @@ from dfc_lightning import (
     Update,
     WeightMirror,
 )
+from dfc_lightning.metrics import control_matrix
 from dfc_lightning.network.initial_feedback import xavier_spread
 from dfc_lightning.settling import Euler, Linearized, SteadyState, Trajectory
 
@@ -415,10 +416,47 @@ def test_a_forward_gradient_is_the_slope_along_its_noise(name, general):
     update = ForwardGradient().teach(forward, loss_grad)
     again = net.observe(x)
     own = again.output_errors(loss_grad)
-    drawn = [again.chance.of_samples(v.shape).to(v) if e is None else torch.zeros_like(v) for v, e in zip(again.v, own)]
+    drawing = again.chance.drawing()
+    drawn = [drawing.of_samples(v.shape).to(v) if e is None else torch.zeros_like(v) for v, e in zip(again.v, own)]
     j = jacobians(net, x)
     moved = (j @ torch.cat([d.flatten(1) for d in drawn], dim=1).unsqueeze(2)).squeeze(2)
     slope = (moved * loss_grad).sum(1)
     signals = [slope.view(-1, *[1] * (d.dim() - 1)) * d if e is None else e for d, e in zip(drawn, own)]
     for found, expected in zip(update.gradients, again.gradients(signals)):
         assert all(close(a, b, 1e-10) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize(
+    "rule", [ForwardGradient(), SignSymmetry("batch_random")], ids=lambda rule: type(rule).__name__
+)
+def test_a_monitor_that_has_a_rule_teach_again_sees_the_update_that_was_made(rule):
+    module, x, y = made("mlp")
+    net = ControlledNetwork(module, seed=0)
+    with net.taught_by(rule) as lesson:
+        loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    again = rule.teach(lesson.forward, lesson.loss_grad)
+    taught = [t for each in again.gradients for t in each]
+    assert all(close(a, p.grad, 1e-12) for a, p in zip(taught, module.parameters(), strict=True))
+
+
+def test_the_matrix_of_network_and_controller_is_that_of_each_samples_own_feedback():
+    """∂/∂(v, u) of the dynamics, Eqs. (1) and (4), with K u at each layer, a sample at a time."""
+    module, x, y = made("mlp")
+    net = ControlledNetwork(module, seed=0)
+    taught(net, FeedbackAlignment(), x, y)
+    forward = net.bound(net.observe(x))
+    k = jacobians(net, x, [b.detach() for b in net.feedback])
+    layers, sizes, tau, alpha = (module[0], module[2], module[4]), [7, 5, 3], 0.2, 0.4
+
+    def moved(state: Tensor, sample: int) -> Tensor:
+        *v, u = state.split([*sizes, 3])
+        heard = [x[sample], torch.tanh(v[0]), F.softplus(v[1])]
+        drives = (u @ k[sample]).split(sizes)
+        change = [(-a + layer(r) + d) / tau for a, layer, r, d in zip(v, layers, heard, drives)]
+        return torch.cat([*change, -v[-1] - alpha * u])  # the target is a constant
+
+    found = control_matrix(forward, PIController(alpha), tau)
+    for b in range(len(x)):
+        at = torch.cat([*(v[b] for v in forward.v), torch.zeros(3, dtype=x.dtype)])
+        assert close(found[b], torch.func.jacrev(lambda state, b=b: moved(state, b))(at), 1e-10)

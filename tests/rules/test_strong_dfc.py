@@ -27,7 +27,7 @@ from dfc_lightning import (
 )
 from dfc_lightning.metrics import control_effort
 from dfc_lightning.network.judging import judged
-from dfc_lightning.passes.chance import Chance
+from dfc_lightning.passes.chance import Chance, Drawing
 from dfc_lightning.settling import Euler, PIController, SteadyState, StrongSimulation
 
 CALM = StrongSimulation(steps=40, dt=0.01, tau_ratio=0.05)
@@ -344,9 +344,14 @@ def test_each_gradient_is_clipped_by_itself() -> None:
 # What is amiss
 
 
-class Silent(Chance):
+class Silence(Drawing):
     def of_samples(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(*shape)
+
+
+class Silent(Chance):
+    def drawing(self) -> Drawing:
+        return Silence(self)
 
 
 def test_samples_that_diverge_teach_nothing() -> None:

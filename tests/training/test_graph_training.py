@@ -6,7 +6,6 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -16,7 +15,7 @@ from cases.chains import close, degrees
 from cases.fits import NO_FEEDBACK, SHORT, Plain, differing, loader, quiet, saver, strategy, untouched, weights
 from cases.interruptions import Interrupt, raise_at, state
 from cases.paths import RECIPES
-from cases.processes import Rows, Witnessed, digest, distance, fit, learned, on_all, spawn
+from cases.processes import Rows, Witnessed, fit, furthest, trained_on_two
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -446,27 +445,16 @@ def fitted(name: str, processes: int, joint: int | None = None) -> tuple[L.Train
     return fit(case, processes, joint=joint, module=convolutions())
 
 
-def all_cases(rank: int, processes: int, folder: str) -> None:
-    for name in SEVERAL:
-        trainer, module = fitted(name, processes)
-        assert len(set(on_all(digest(learned(trainer, module))))) == 1, f"{name}: ranks differ"
-        if rank == 0:
-            torch.save(learned(trainer, module), Path(folder, f"{name}.pt"))
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    spawn(all_cases, 2, folder)
-    return folder
+    return trained_on_two(fitted, SEVERAL, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", SEVERAL)
 def test_two_processes_equal_one_on_the_joint_batch(name, two):
-    apart = distance(learned(*fitted(name, 1, joint=2)), torch.load(two / f"{name}.pt"))
-    worst = max(apart, key=apart.get)
-    assert apart[worst] <= 1e-10, (worst, apart[worst])
+    worst, apart = furthest(fitted, name, two)
+    assert apart <= 1e-10, worst
 
 
 def test_the_closed_form_of_time_is_refused_before_training():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases.fits import Innocent, clusters, differing, loader, quiet, saver
 from cases.interruptions import Interrupt, raise_at
-from cases.processes import Witnessed, digest, distance, fit, learned, on_all, spawn
+from cases.processes import Witnessed, fit, furthest, learned, trained_on_two
 from torch import nn
 
 from dfc_lightning import (
@@ -59,49 +58,40 @@ def normalised() -> Witnessed:
 
 
 NETS: dict[str, Callable[[], Witnessed]] = {"dense": Witnessed, "convolutions": normalised}
-CASES = [(net, name) for net in NETS for name in RULES]
+CASES = [f"{net}, {name}" for net in NETS for name in RULES]
 
 
-def fitted(net: str, name: str, processes: int, at_call: Any = None, **settings: Any) -> tuple[L.Trainer, Witnessed]:
+def fitted(case: str, processes: int, at_call: Any = None, **settings: Any) -> tuple[L.Trainer, Witnessed]:
+    net, name = case.split(", ", 1)
     module = NETS[net]()
     module.at_call = at_call or module.at_call
     return fit({"precision": "64-true", **RULES[name]}, processes, module=module, **settings)
 
 
-def all_cases(rank: int, processes: int, folder: str) -> None:
-    for net, name in CASES:
-        trainer, module = fitted(net, name, processes)
-        assert len(set(on_all(digest(learned(trainer, module))))) == 1, f"{net}, {name}: ranks differ"
-        if rank == 0:
-            torch.save(learned(trainer, module), Path(folder, f"{net}, {name}.pt"))
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    spawn(all_cases, 2, folder)
-    return folder
+    return trained_on_two(fitted, CASES, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("net", "name"), CASES)
-def test_two_processes_equal_one_on_the_joint_batch(net, name, two):
-    apart = distance(learned(*fitted(net, name, 1, joint=2)), torch.load(two / f"{net}, {name}.pt"))
-    worst = max(apart, key=apart.get)
-    assert apart[worst] <= 1e-9, (worst, apart[worst])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_joint_batch(case, two):
+    worst, apart = furthest(fitted, case, two)
+    assert apart <= 1e-9, worst
 
 
-@pytest.mark.parametrize(("net", "name"), CASES)
-def test_a_run_resumes_bit_for_bit(net, name, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_resumes_bit_for_bit(case, tmp_path):
+    name = case.split(", ", 1)[1]
     passes = 5 if "feedback" in RULES[name] or name.startswith("layered") else 0
     with pytest.raises(Interrupt):
-        fitted(net, name, 1, raise_at(passes + 7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
+        fitted(case, 1, raise_at(passes + 7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
     saved = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["dfc_lightning"]
     tracks = name == "Kolen-Pollack" or name.startswith("layered")
     assert (saved["tracking"] is not None) == tracks
     assert not tracks or any(moments["exp_avg"].any() for moments in saved["tracking"][0]["state"].values())
-    resumed = learned(*fitted(net, name, 1, ckpt_path=tmp_path / "interrupted.ckpt"))
-    assert not differing(resumed, learned(*fitted(net, name, 1)))
+    resumed = learned(*fitted(case, 1, ckpt_path=tmp_path / "interrupted.ckpt"))
+    assert not differing(resumed, learned(*fitted(case, 1)))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -119,7 +109,7 @@ def test_it_learns_what_it_has_not_seen(name):
 @pytest.mark.parametrize("damage", ["missing", "of another optimizer", "not finite"])
 def test_a_damaged_state_of_what_tracks_is_named(damage, tmp_path):
     with pytest.raises(Interrupt):
-        fitted("dense", "Kolen-Pollack", 1, raise_at(7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
+        fitted("dense, Kolen-Pollack", 1, raise_at(7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
     path = tmp_path / "interrupted.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     tracking = checkpoint["dfc_lightning"]["tracking"]
@@ -131,7 +121,7 @@ def test_a_damaged_state_of_what_tracks_is_named(damage, tmp_path):
         tracking[0]["state"] = {k: {"step": torch.tensor(1.0)} for k in tracking[0]["state"]}
     torch.save(checkpoint, path)
     with pytest.raises(ControlError, match="dfc_lightning.*tracking"):
-        fitted("dense", "Kolen-Pollack", 1, ckpt_path=path)
+        fitted("dense, Kolen-Pollack", 1, ckpt_path=path)
 
 
 def test_a_run_by_backprop_goes_on_by_tracking(tmp_path):
@@ -184,3 +174,11 @@ def test_mirrors_and_noise_are_told_apart():
             DFCStrategy(rule, FeedbackLearning())
     with pytest.raises(ValueError, match=r"feedback\.method=ExpectedMirror.*Q_i.*Expected"):
         DFCStrategy(DFC(), MIRRORED)
+
+
+def test_a_rule_that_does_not_track_goes_on_from_a_run_of_one_that_does(tmp_path):
+    with pytest.raises(Interrupt):
+        fitted("dense, Kolen-Pollack", 1, raise_at(7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
+    s = DFCStrategy(FeedbackAlignment(), seed=1)
+    quiet(s, max_epochs=2, precision="64-true").fit(Witnessed(), loader(), ckpt_path=tmp_path / "interrupted.ckpt")
+    assert s.tracking is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from cases.chains import close
 from cases.fits import SHORT, Innocent, clusters, differing, loader, quiet, saver, strategy, weights
 from cases.interruptions import Interrupt, raise_at
-from cases.processes import Witnessed, digest, distance, fit, learned, on_all, spawn
+from cases.processes import Witnessed, fit, furthest, learned, trained_on_two
 from torch import Tensor, nn
 
 from dfc_lightning import (
@@ -148,27 +147,16 @@ def fitted(name: str, processes: int, at_call: Any = None, **settings: Any) -> t
     return fit({"precision": "64-true", **case}, processes, module=module, **settings)
 
 
-def all_cases(rank: int, processes: int, folder: str) -> None:
-    for name in CASES:
-        trainer, module = fitted(name, processes)
-        assert len(set(on_all(digest(learned(trainer, module))))) == 1, f"{name}: ranks differ"
-        if rank == 0:
-            torch.save(learned(trainer, module), Path(folder, f"{name}.pt"))
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    spawn(all_cases, 2, folder)
-    return folder
+    return trained_on_two(fitted, CASES, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_on_the_joint_batch(name, two):
-    apart = distance(learned(*fitted(name, 1, joint=2)), torch.load(two / f"{name}.pt"))
-    worst = max(apart, key=apart.get)
-    assert apart[worst] <= 1e-10, (worst, apart[worst])
+    worst, apart = furthest(fitted, name, two)
+    assert apart <= 1e-10, worst
 
 
 @pytest.mark.parametrize("name", CASES)
