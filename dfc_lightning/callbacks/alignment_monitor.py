@@ -17,6 +17,7 @@ from dfc_lightning.metrics import gauss_newton_update, update_angle
 from dfc_lightning.network.learning_rule import LearningRule, Update
 from dfc_lightning.passes.dense import as_dense
 from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.precision import full_precision
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.rules import DFC, Backprop, MinimumNorm
 from dfc_lightning.settling import Linearized
@@ -118,7 +119,7 @@ class AlignmentMonitor(Callback):
             return
         with (
             torch.no_grad(),
-            torch.autocast(grad.device.type, enabled=False),
+            full_precision(grad.device),
             _private_generators(grad.device),
             forward.holding_jacobians(),
         ):

@@ -17,6 +17,7 @@ from dfc_lightning.feedback_learning.mirror import ExpectedMirror
 from dfc_lightning.network.controlled_network import ControlledNetwork
 from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class FeedbackLearner:
         Returns:
             What :meth:`descend` does.
         """
-        gradients, shares = self._gradients(self.network.bound(forward), loss_grad)
+        with full_precision(forward.output.device):
+            gradients, shares = self._gradients(self.network.bound(forward), loss_grad)
         return self.descend(gradients, initial, shares)
 
     def descend(

@@ -11,6 +11,7 @@ from dfc_lightning.errors import ControlError
 from dfc_lightning.network.initial_feedback import FeedbackInit, initial_direct, initial_layerwise
 from dfc_lightning.network.learning_rule import Direct, Layerwise
 from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.precision import full_precision
 from dfc_lightning.recording.points import ControlPoint
 
 Kind = Direct | Layerwise
@@ -38,7 +39,7 @@ class FeedbackWeights:
         """The pass bound to the feedback weights as they are now, made if there are none of that kind yet."""
         kind, output = kind or self.kind or Direct(), forward.output
         if not self.values or type(kind) is not type(self.kind):
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            with torch.no_grad(), full_precision(output.device):
                 made = self._made(kind, forward, points)
             before = self._set_aside if type(kind) is type(self.kind) else {}
             self.kind, self._set_aside = kind, {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from dfc_lightning.errors import ControlError, require
 from dfc_lightning.network.learning_rule import LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
+from dfc_lightning.precision import full_precision
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.settling.settled import Settled
 
@@ -100,7 +101,7 @@ class Lesson:
             self.update = Update([])
             return [torch.zeros_like(p) for point in self._points for p in point.parameters]
         share = samples if self.loss_reduction == "mean" else 1
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), full_precision(grad.device):
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
             self.update = self._complete(self.rule.teach(forward, self.loss_grad))
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.

@@ -52,6 +52,14 @@ def test_the_benchmark_of_convolutional_networks_likewise(benchmark, tmp_path, c
     assert len(json.loads((tmp_path / "convolutional.json").read_text())["updates"]) == 18
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_gpus_says_that_it_has_seen_none(benchmark, tmp_path, capsys):
+    benchmark("gpu").main(["--quick", "--device=cpu", f"--out={tmp_path}"])
+    entries = json.loads((tmp_path / "gpu.json").read_text())["entries"]
+    assert len(entries) == 15 and not any("error" in e for e in entries)
+    assert (tmp_path / "gpu.md").read_text().startswith("Nothing of this was measured on a GPU")
+
+
 def test_the_autoencoders_update_signals_are_those_of_their_formulas(benchmark):
     script, g = benchmark("autoencoder"), torch.Generator().manual_seed(0)
     w = [torch.randn(n, m, generator=g, dtype=torch.float64) / m**0.5 for n, m in ((6, 9), (3, 6), (5, 3), (9, 5))]
