@@ -1,7 +1,7 @@
 """What a step costs on a GPU: rules and feedback learning beside backprop, by network, batch size and precision.
 
 Times are medians between device events; launches, operations and looks of the host are of one step. Figures go to
-``<out>/gpu.json`` after every entry, and to ``<out>/gpu.md``, the page docs/gpu.md is made of.
+``<out>/gpu.json`` after every entry, and as tables to ``<out>/gpu.md``; ``gpu_page.py`` makes docs/gpu.md of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
+from gpu_page import BACKPROP, page
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +57,7 @@ TINY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LeNet": (LeNet, (1, 28, 28)),
 }
 CONTROLLER = PIController(0.1, 1.0)
-BACKPROP, FEEDBACK, EULER = "backprop", "feedback step", f"DFC-SS, {EULER_STEPS} Euler steps"
+FEEDBACK, EULER = "feedback step", f"DFC-SS, {EULER_STEPS} Euler steps"
 RULES = {
     BACKPROP: None,
     "gate alone": Backprop(),
@@ -140,18 +141,18 @@ def timed(call: Callable[[], Any], device: str, seconds: float) -> tuple[float, 
     return statistics.median(took), min(took), len(took)
 
 
-def launches(call: Callable[[], Any], device: str) -> int | None:
+def launches(call: Callable[[], Any]) -> int | None:
     """Kernels and copies of a step; None where they cannot be counted."""
-    if device != "cuda":
-        return None
     from torch.profiler import ProfilerActivity, profile
 
     try:
+        call()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
             call()
             torch.cuda.synchronize()
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) or None
-    except RuntimeError:
+    except Exception as error:
+        print(f"launches not counted: {error}", file=sys.stderr)
         return None
 
 
@@ -172,7 +173,6 @@ def measured(call: Callable[[], Any], device: str, seconds: float) -> dict[str, 
             "ms": median,
             "fastest_ms": fastest,
             "repeats": repeats,
-            "launches": launches(call, device),
             "operations": counts.operations,
             "looks": counts.looks,
             "peak_bytes": peak,
@@ -189,35 +189,6 @@ def plan(nets: Sequence[str], batches: Sequence[int], device: str) -> list[tuple
     return plain[: len(nets)] + [(net, middle, name) for name in others for net in nets] + plain[len(nets) :]
 
 
-def page(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    on = found["machine"]
-    lines = [
-        f"Measured on one {on['gpu']}, torch {on['torch']}, {on['date']}, by `python benchmarks/gpu.py`."
-        if on["gpu"]
-        else "Nothing of this was measured on a GPU: `python benchmarks/gpu.py` does so where there is one."
-    ]
-    for key in dict.fromkeys((e["net"], e["batch"], e["precision"]) for e in found["entries"]):
-        entries = [e for e in found["entries"] if (e["net"], e["batch"], e["precision"]) == key]
-        base = next((e["ms"] for e in entries if e["method"] == BACKPROP and "ms" in e), None)
-        rows = [
-            [e["method"], e.get("error", "")[:60], None, None, None, None]
-            if "error" in e
-            else [
-                e["method"],
-                e["ms"],
-                e["ms"] / base if base else None,
-                e["launches"] or e["operations"],
-                e["looks"],
-                e["peak_bytes"] / 2**20 if e["peak_bytes"] else None,
-            ]
-            for e in entries
-        ]
-        header = ["a step", "ms", "× backprop", "launches" if on["gpu"] else "operations", "host looks", "peak MiB"]
-        lines += ["", f"### {key[0]}, batch {key[1]}, {key[2]}", "", harness.table(header, rows)]
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__, repeats=1)
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -232,6 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {"machine": harness.machine(options), "entries": []}
     options.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
+
+    def write(found: dict[str, Any]) -> None:
+        (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+
     for net, batch, name in plan(list(nets), options.batches, options.device):
         for method, call in steps(net, nets, batch, options.device).items():
             if time.perf_counter() - begun > options.limit:
@@ -240,9 +215,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             with precision(name, options.device):
                 entry = measured(call, options.device, options.seconds)
             found["entries"].append({"net": net, "batch": batch, "precision": name, "method": method, **entry})
-            (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+            write(found)
         if options.device == "cuda":
             torch.cuda.empty_cache()
+    if options.device == "cuda":  # last, since a profiler that has run slows what follows
+        for entry in found["entries"]:
+            if time.perf_counter() - begun > 1.15 * options.limit or "error" in entry:
+                continue
+            if entry["precision"] == "float32":
+                step = steps(entry["net"], nets, entry["batch"], "cuda")[entry["method"]]
+                with precision("float32", "cuda"):
+                    entry["launches"] = launches(step)
+                write(found)
     text = page(found)
     (options.out / "gpu.md").write_text(text)
     print(text)

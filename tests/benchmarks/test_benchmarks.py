@@ -57,7 +57,9 @@ def test_the_benchmark_of_gpus_says_that_it_has_seen_none(benchmark, tmp_path, c
     benchmark("gpu").main(["--quick", "--device=cpu", f"--out={tmp_path}"])
     entries = json.loads((tmp_path / "gpu.json").read_text())["entries"]
     assert len(entries) == 15 and not any("error" in e for e in entries)
-    assert (tmp_path / "gpu.md").read_text().startswith("Nothing of this was measured on a GPU")
+    benchmark("gpu_page").main([str(tmp_path / "gpu.json"), f"--out={tmp_path / 'page.md'}"])
+    written = (tmp_path / "page.md").read_text()
+    assert written.startswith("Nothing of this was measured on a GPU") and "| Kolen-Pollack" in written
 
 
 def test_the_autoencoders_update_signals_are_those_of_their_formulas(benchmark):
