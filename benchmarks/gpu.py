@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import captured
 import harness
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from dfc_lightning import (
 from dfc_lightning.models import MLP, LeNet
 from dfc_lightning.settling import Euler, Linearized, SteadyState
 
-EULER_STEPS = 999
+EULER_STEPS, BLOCK = 999, 27
 aten = torch.ops.aten
 
 
@@ -181,6 +182,21 @@ def measured(call: Callable[[], Any], device: str, seconds: float) -> dict[str, 
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
+def graphs(nets: dict[str, Any], batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Simulations of the chain by itself, with and without a CUDA graph."""
+    net = next(iter(nets))
+    make, shape = nets[net]
+    case = {"net": net, "batch": batch, "precision": "float32"}
+    try:
+        calls, apart = captured.ways(make().to("cuda"), torch.randn(batch, *shape, device="cuda"), EULER_STEPS, BLOCK)
+    except Exception as error:
+        return [{**case, "method": "graph", "error": f"{type(error).__name__}: {str(error)[:300]}"}]
+    found = [
+        {**case, "method": name, "apart": apart, **measured(call, "cuda", seconds)} for name, call in calls.items()
+    ]
+    return found
+
+
 def plan(nets: Sequence[str], batches: Sequence[int], device: str) -> list[tuple[str, int, str]]:
     """What is measured, the most wanted first: every batch in float32, and the middle one in other precisions."""
     middle = batches[len(batches) // 2]
@@ -194,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", default=[128, 512, 2048], type=int, nargs="+", help="batch sizes")
     parser.add_argument("--seconds", default=0.25, type=float, help="to spend on an entry's repetitions")
-    parser.add_argument("--limit", default=130.0, type=float, help="seconds after which no entry is begun")
+    parser.add_argument("--limit", default=115.0, type=float, help="seconds after which no entry is begun")
     parser.add_argument("--quick", action="store_true", help="tiny networks and few repetitions, to try the script")
     options = harness.parse(parser, argv)
     if options.quick:
@@ -218,11 +234,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(found)
         if options.device == "cuda":
             torch.cuda.empty_cache()
+    if options.device == "cuda":
+        for batch in options.batches:
+            found["entries"] += graphs(nets, batch, options.seconds)
+            write(found)
     if options.device == "cuda":  # last, since a profiler that has run slows what follows
         for entry in found["entries"]:
             if time.perf_counter() - begun > 1.15 * options.limit or "error" in entry:
                 continue
-            if entry["precision"] == "float32":
+            if entry["precision"] == "float32" and "apart" not in entry:
                 step = steps(entry["net"], nets, entry["batch"], "cuda")[entry["method"]]
                 with precision("float32", "cuda"):
                     entry["launches"] = launches(step)
