@@ -8,36 +8,18 @@ from typing import Any
 import pytest
 import torch
 from cases.chains import make
+from cases.looks import Looks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfc_lightning.passes import DensePass, Layers
 from dfc_lightning.settling import Dynamics, Euler, Linearized, PIController, SteadyState
 from dfc_lightning.settling.time_step import TimeStep
 from dfc_lightning.settling.time_sum import BLOCK
 
-aten = torch.ops.aten
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and torch.__version__ < (2, 10), reason="torch asks for a driver even of fake tensors"
 )
-
-
-class Looks(TorchDispatchMode):
-    """Counts what makes the host wait for data, and answers yes: not yet converged, all sound.
-
-    Whatever else would need data, or a shape that depends on it, is an error of the fake tensors.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default):
-            self.count += 1
-            return True
-        return func(*args, **(kwargs or {}))
 
 
 def looks(net: tuple, work: Callable[[DensePass, Tensor], Any]) -> int:
