@@ -118,7 +118,10 @@ def test_other_networks_likewise(name: str, net: str, device: torch.device, host
 
 @pytest.mark.parametrize("net", [CHAIN, "plain", "residual"])
 @pytest.mark.parametrize("name", ["backprop", "steady state", "linearised", "layered", "minimum norm", "Kolen-Pollack"])
-def test_float32_keeps_its_digits(name: str, net: str, device: torch.device, host_draws: None) -> None:
+def test_float32_keeps_its_digits(
+    name: str, net: str, device: torch.device, host_draws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the forward pass, which is the user's
     here, there = both(net, RULES[name], device, torch.float32)
     assert close(there, here, 2e-3)
 
