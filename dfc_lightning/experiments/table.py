@@ -52,7 +52,7 @@ BENCHMARKS = {
 }
 """Columns of the field's benchmark by the folder of their recipes, whose names are network_rule."""
 
-NETWORKS = {"vgg5": "VGG-5", "resnet20": "ResNet-20"}
+NETWORKS = {"vgg5": "VGG-5", "resnet8": "ResNet-8", "resnet20": "ResNet-20"}
 """Its networks."""
 
 FIELD = {
