@@ -14,6 +14,7 @@ from dfc_lightning.feedback_learning import (
     StrongSampled,
     Tracking,
 )
+from dfc_lightning.losses import Label, LinkedLoss, find_link
 from dfc_lightning.network import ControlledNetwork
 from dfc_lightning.passes import Deviation, ForwardPass
 from dfc_lightning.rules import (
@@ -69,9 +70,11 @@ __all__ = [
     "ForwardGradient",
     "ForwardPass",
     "KolenPollack",
+    "Label",
     "LayeredDFC",
     "Layerwise",
     "LearningRule",
+    "LinkedLoss",
     "MinimumNorm",
     "NudgedTarget",
     "PIController",
@@ -84,4 +87,5 @@ __all__ = [
     "TwoPhaseStrongDFC",
     "Update",
     "WeightMirror",
+    "find_link",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError
+from dfc_lightning.losses.linked_loss import LinkedLoss
 from dfc_lightning.operations.nonlinearity import Identity, Nonlinearity
 from dfc_lightning.operations.operation import constant
 from dfc_lightning.passes.chance import Chance
@@ -90,6 +91,7 @@ class DensePass(ForwardPass[DenseDeviation]):
         layered: see :class:`ForwardPass`.
         unit: likewise.
         chance: likewise.
+        loss: likewise.
     """
 
     dense: ClassVar[bool] = True
@@ -102,6 +104,7 @@ class DensePass(ForwardPass[DenseDeviation]):
     layered: bool = False
     unit: Unit | None = None
     chance: Chance = field(default_factory=lambda: Chance(0, 0))
+    loss: LinkedLoss | None = None
 
     @classmethod
     def run(cls, x: Tensor, layers: Layers, feedback: Sequence[Tensor] = ()) -> DensePass:

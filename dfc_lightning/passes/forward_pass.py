@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dfc_lightning.errors import ControlError
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import Label, LinkedLoss
 from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.plasticity import Plasticity
 
@@ -90,6 +93,8 @@ class ForwardPass(ABC, Generic[D]):
     """What the feedback of each sample is divided by, so that JQ is of size 1; None for 1."""
     chance: Chance
     """What a rule draws at random for this batch."""
+    loss: LinkedLoss | None = None
+    """What the loss was found to be, where a rule asks for it; see :meth:`label`."""
     _held_jacobians: Callable[[], list[Tensor]] | None = None
 
     # What was fed forward
@@ -152,6 +157,25 @@ class ForwardPass(ABC, Generic[D]):
     def made_of(self) -> list[Tensor]:
         """The tensors that an update is made of, to see whether one has changed since."""
 
+    def label(self, loss_grad: Tensor, link: Link | LinkedLoss | None = None) -> Label:
+        """What the loss wants of the output, by which the error of any other output is known without asking the loss.
+
+        Args:
+            loss_grad: ∂ℓ_b/∂r_L of each sample's own loss, (B, n_L).
+            link: the loss, or its g at a scale of 1; None for what it was found to be, :attr:`loss`.
+
+        Raises:
+            ControlError: the gradient tells no label, or nothing is known of the loss.
+        """
+        known = self.loss if link is None else link if isinstance(link, LinkedLoss) else LinkedLoss(link)
+        if known is None:
+            raise ControlError(
+                "What the loss wants of the output is found by DFCStrategy, and was not here. Name the rule's link: "
+                "'softmax' for cross entropy, 'identity' for half a squared error, or what dfc_lightning.find_link("
+                "lambda output: loss(output, y), output) gives."
+            )
+        return known.told(self.output, loss_grad)
+
     # The same elsewhere
 
     @abstractmethod
@@ -169,6 +193,10 @@ class ForwardPass(ABC, Generic[D]):
     def with_chance(self, chance: Chance) -> Self:
         """The same pass with other random draws."""
         return self._copy(chance=chance)
+
+    def with_loss(self, loss: LinkedLoss | None) -> Self:
+        """The same pass with what its loss is known to be."""
+        return self._copy(loss=loss)
 
     def in_unit(self, offset: Tensor) -> Self:
         """The same pass with feedback divided by the size of JQ along δ_L = ``offset``, (B, n_L), in each sample."""

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dfc_lightning.losses.linked_loss import LinkedLoss
 from dfc_lightning.operations.batch_norm import BatchNorm
 from dfc_lightning.operations.layout import FIRST, Layout
 from dfc_lightning.operations.nonlinearity import Identity
@@ -46,6 +47,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         layered: see :class:`ForwardPass`.
         unit: likewise.
         chance: likewise.
+        loss: likewise.
     """
 
     record: Record
@@ -55,6 +57,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
     layered: bool = False
     unit: Unit | None = None
     chance: Chance = field(default_factory=lambda: Chance(0, 0))
+    loss: LinkedLoss | None = None
 
     @cached_property
     def widths(self) -> list[int]:  # type: ignore[override]
