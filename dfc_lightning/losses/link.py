@@ -45,5 +45,13 @@ def slope(link: Link, output: Tensor) -> Tensor:
     return torch.diag_embed(_logistic_slope(output) if link == "sigmoid" else torch.ones_like(output))
 
 
+def tangent(link: Link, output: Tensor, deviation: Tensor) -> Tensor:
+    """∂g/∂r_L of each sample times a small deviation, (B, n_L): :func:`change` to first order."""
+    if link == "softmax":
+        p = torch.softmax(output, dim=1)
+        return p * (deviation - (p * deviation).sum(1, keepdim=True))
+    return deviation * _logistic_slope(output) if link == "sigmoid" else deviation
+
+
 def _logistic_slope(output: Tensor) -> Tensor:
     return torch.sigmoid(output) * torch.sigmoid(-output)

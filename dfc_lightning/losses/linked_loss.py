@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError, require
-from dfc_lightning.losses.link import LINKS, Link, change, linked, slope
+from dfc_lightning.losses.link import LINKS, Link, change, linked, slope, tangent
 
 ROUNDING = 0.05
 """By how much a label may leave the probabilities that it is to be, after gradients in bfloat16."""
@@ -47,6 +47,10 @@ class Label:
     def slope(self, deviation: Tensor | None = None) -> Tensor:
         """∂g/∂r_L at such an output, (B, n_L, n_L)."""
         return slope(self.link, self.output if deviation is None else self.output + deviation)
+
+    def grad_tangent(self, deviation: Tensor) -> Tensor:
+        """What a small deviation changes ∂ℓ_b/∂r_L by, (B, n_L)."""
+        return self.scale * tangent(self.link, self.output, deviation)
 
     def samples(self, index: Tensor) -> "Label":
         """That of some samples only; ``index`` as for a tensor's first dimension."""

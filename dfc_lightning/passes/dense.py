@@ -7,7 +7,7 @@ deviations, W_1 x and all biases drop out and float32 keeps its digits however s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, singledispatch
 from typing import ClassVar, NamedTuple
@@ -223,13 +223,11 @@ class DensePass(ForwardPass[DenseDeviation]):
         at: DenseDeviation | None = None,
         live: bool = False,
     ) -> list[Tensor]:
-        slopes = self._slopes_at(at)
         weights = self.weights if through is None else through
-        error = error * slopes[-1]
-        found = [error]
-        for w, d in zip(reversed(weights[1:]), reversed(slopes[:-1])):
-            error = (error @ w) * d
-            found.append(error)
+        crossed = self._crossing(at)
+        found = [crossed(-1, error)]
+        for i in range(self.depth - 1, 0, -1):
+            found.append(crossed(i - 1, found[-1] @ weights[i]))
         return found[::-1]
 
     def output_errors(self, error: Tensor) -> list[Tensor | None]:
@@ -259,11 +257,23 @@ class DensePass(ForwardPass[DenseDeviation]):
     def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
         return signal.T @ heard
 
+    def _crossing(self, at: DenseDeviation | None) -> Callable[[int, Tensor], Tensor]:
+        """What an error of a layer's rates is for its voltages."""
+        if (width := self.half_width) is None:
+            slopes = self._slopes_at(at)
+            return lambda i, error: error * slopes[i]
+        voltages = self._voltages_at(at)
+        return lambda i, error: self.nonlinearities[i].secant(voltages[i], error, width)
+
     def _slopes_at(self, at: DenseDeviation | None) -> list[Tensor]:
         if at is None:
             return self.slopes
-        voltages = [v + b + a for v, b, a in zip(self.v, at.basal, at.driven)]
-        return [phi.slope(v, phi(v)) for phi, v in zip(self.nonlinearities, voltages)]
+        return [phi.slope(v, phi(v)) for phi, v in zip(self.nonlinearities, self._voltages_at(at))]
+
+    def _voltages_at(self, at: DenseDeviation | None) -> list[Tensor]:
+        if at is None:
+            return self.v
+        return [v + b + a for v, b, a in zip(self.v, at.basal, at.driven)]
 
     # Outputs wider than the layer before them
 

@@ -62,6 +62,11 @@ def joint_norm(several: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(each.flatten(1), dim=1) for each in several]).norm(dim=0).unsqueeze(1)
 
 
+def scaled(signals: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
+    """Signals of the samples, (B, …) each, times a factor for each sample, (B,) or (B, 1)."""
+    return [t * sizes.view(-1, *[1] * (t.dim() - 1)) for t in signals]
+
+
 def gain_size(gained: Tensor, offset: Tensor) -> Tensor:
     """‖JQ δ_L‖ / ‖δ_L‖ of each sample, (B, 1), from both; 1 where either is zero."""
     size = torch.linalg.vector_norm(gained, dim=1, keepdim=True) / torch.linalg.vector_norm(offset, dim=1, keepdim=True)
@@ -95,6 +100,8 @@ class ForwardPass(ABC, Generic[D]):
     """What a rule draws at random for this batch."""
     loss: LinkedLoss | None = None
     """What the loss was found to be, where a rule asks for it; see :meth:`label`."""
+    half_width: float | None = None
+    """β, where errors cross nonlinearities by [φ(v + β e) − φ(v − β e)] / 2β; None for φ'(v) e."""
     _held_jacobians: Callable[[], list[Tensor]] | None = None
 
     # What was fed forward
@@ -197,6 +204,10 @@ class ForwardPass(ABC, Generic[D]):
     def with_loss(self, loss: LinkedLoss | None) -> Self:
         """The same pass with what its loss is known to be."""
         return self._copy(loss=loss)
+
+    def widened(self, half_width: float) -> Self:
+        """The same pass, whose errors cross nonlinearities by finite differences, β to either side."""
+        return self._copy(half_width=half_width)
 
     def in_unit(self, offset: Tensor) -> Self:
         """The same pass with feedback divided by the size of JQ along δ_L = ``offset``, (B, n_L), in each sample."""

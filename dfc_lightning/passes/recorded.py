@@ -256,9 +256,8 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         return layout.back(error.reshape(-1, *shape))
 
     def _frame_at(self, at: RecordedDeviation | None) -> Frame:
-        if at is None:
-            return self.frame
-        return self.frame.moved_by(at.moved)
+        frame = self.frame if at is None else self.frame.moved_by(at.moved)
+        return frame if self.half_width is None else replace(frame, half_width=self.half_width)
 
     def _pulled(
         self,

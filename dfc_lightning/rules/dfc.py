@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfc_lightning.errors import require
 from dfc_lightning.network.learning_rule import Control, Direct, Layerwise, LearningRule, Update
-from dfc_lightning.passes.forward_pass import ForwardPass, joint_norm
+from dfc_lightning.passes.forward_pass import ForwardPass, joint_norm, scaled
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.settled import Settling, Simulation
@@ -116,8 +116,3 @@ def relative_size(wanted: Tensor, driven: Sequence[Tensor]) -> Tensor:
     """By what to multiply what is driven for a sample's to have the norm wanted, both (B, 1); 1 where nothing is."""
     norm = joint_norm(driven)
     return torch.where(norm > 0, wanted / norm, 1.0)
-
-
-def scaled(signals: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
-    """Signals of the samples, (B, …), times a factor for each, (B, 1)."""
-    return [t * sizes.view(-1, *[1] * (t.dim() - 1)) for t in signals]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dfc_lightning.errors import require
 from dfc_lightning.network.learning_rule import Control, LearningRule, Update
-from dfc_lightning.passes.forward_pass import ForwardPass, gain_size, joint_norm
+from dfc_lightning.passes.forward_pass import ForwardPass, gain_size, joint_norm, scaled
 from dfc_lightning.passes.gram import gram_factor
 from dfc_lightning.passes.plasticity import Plasticity
-from dfc_lightning.rules.dfc import relative_size, scaled
+from dfc_lightning.rules.dfc import relative_size
 from dfc_lightning.settling.target import NudgedTarget
 
 

@@ -2,7 +2,9 @@
 
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dense_dynamics import Dynamics
+from dfc_lightning.settling.equilibrium import Equilibrium
 from dfc_lightning.settling.euler import Euler
+from dfc_lightning.settling.inference import Descent, Inference
 from dfc_lightning.settling.linearized import Linearized
 from dfc_lightning.settling.recorded_dynamics import RecordedDynamics
 from dfc_lightning.settling.settled import Settled, Settling, Simulation
@@ -13,8 +15,11 @@ from dfc_lightning.settling.trajectory import Trajectory
 
 __all__ = [
     "ClampedTarget",
+    "Descent",
     "Dynamics",
+    "Equilibrium",
     "Euler",
+    "Inference",
     "Linearized",
     "NudgedTarget",
     "PIController",
