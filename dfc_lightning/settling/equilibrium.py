@@ -94,6 +94,7 @@ class Equilibrium(Inference):
             search.step(active)
         if index is not None:
             search = whole.with_samples(index, search)
+            search.state = feedback.forward.respond(search.driven)
         settled = Settled(search.u, search.state, search.residual, search.residual <= self.rtol, search.iterations)
         return settled, joint_norm(driven)
 
@@ -157,14 +158,15 @@ class _Search:
     def _move(self, target: list[Tensor], change: Tensor, active: Tensor) -> Tensor:
         """Go to ``target``, but part of the way where that jumps; the share of ‖a‖ that it was, (B,).
 
-        A jump is what turns back, by more than half of what it came by and than the ``change`` of u, (B,), accounts for.
+        A jump is what turns back, by more than half of what it came by and than the ``change`` of u, (B,), explains.
         """
         wanted = [to - a for to, a in zip(target, self.driven)]
         for share, now, last, own in zip(self.shares, wanted, self.wanted, scaled(target, JUMP * change)):
-            jumps = (now * last < 0) & (now.abs() > 0.5 * last.abs()) & (now.abs() > own.abs())
+            jumps = (now * last < last.square().mul_(-0.5)) & (now.square() > own.square_())
             share.mul_(torch.where(jumps, 0.5, REGROWTH)).clamp_(max=1.0)
+        self.wanted = wanted
         moves = scaled([share * each for share, each in zip(self.shares, wanted)], active)
-        self.driven, self.wanted = [a + each for a, each in zip(self.driven, moves)], wanted
+        self.driven = [a + each for a, each in zip(self.driven, moves)]
         return share_missed(joint_norm(moves), joint_norm(self.driven))
 
     def samples(self, index: Tensor) -> _Search:
@@ -190,11 +192,10 @@ class _Search:
         )
 
     def with_samples(self, index: Tensor, of: _Search) -> _Search:
-        """This, where some samples are as ``of`` has them."""
+        """This, where some samples are as ``of`` has them, but for what follows from u and a."""
         driven = [a.index_copy(0, index, b) for a, b in zip(self.driven, of.driven)]
         u, residual = (a.index_copy(0, index, b) for a, b in ((self.u, of.u), (self.residual, of.residual)))
-        state = self.feedback.forward.respond(driven)
-        return replace(self, u=u, driven=driven, state=state, residual=residual, iterations=of.iterations)
+        return replace(self, u=u, driven=driven, residual=residual, iterations=of.iterations)
 
 
 def _shortened(step: Tensor, u: Tensor) -> Tensor:

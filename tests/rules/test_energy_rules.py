@@ -1,4 +1,4 @@
-"""Least control and predictive coding, against autograd of the energy, closed forms and the limits that theory knows."""
+"""Least control and predictive coding, against autograd of the energy, closed forms and known limits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dfc_lightning import (
     ControlError,
     ControlledNetwork,
-    LeastControl,
     LearningRule,
+    LeastControl,
     PredictiveCoding,
     Update,
 )
