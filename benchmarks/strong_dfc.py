@@ -24,7 +24,7 @@ AS_ANY = ", as any network"
 PI = PIController(alpha=8.1e-3, k_p=2.0, leak="control")
 CALM = StrongSimulation(dt=1e-3, tau_ratio=0.0355)
 NOISY = StrongSimulation(dt=1e-3, tau_ratio=0.0093, sigma=0.0043, sigma_output=0.03, tau_noise=0.07)
-PASS = StrongSampled(StrongSimulation(dt=3.2e-3, tau_ratio=0.0072, apical_tau=0.13, sigma=0.15))
+PASS = StrongSampled(StrongSimulation(dt=3.2e-3, tau_ratio=0.0072, apical_tau=0.13, sigma=0.15), link="softmax")
 
 
 @contextmanager
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = replace(PASS, settling=replace(PASS.settling, steps=options.steps))
     rules: dict[str, LearningRule | None] = {
         "backprop": None,
-        "two phases, steady state": TwoPhaseStrongDFC(),
-        f"two phases, {options.steps} steps": TwoPhaseStrongDFC(calm, PI),
-        f"single phase, {options.steps} steps": StrongDFC(noisy, PI),
+        "two phases, steady state": TwoPhaseStrongDFC(link="softmax"),
+        f"two phases, {options.steps} steps": TwoPhaseStrongDFC(calm, PI, "softmax"),
+        f"single phase, {options.steps} steps": StrongDFC(noisy, PI, "softmax"),
     }
     calls: dict[str, Callable[[], Any]] = {
         name: (lambda rule=rule: problem.update(rule)) for name, rule in rules.items()

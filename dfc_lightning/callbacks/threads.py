@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dfc_lightning.feedback_learning import FeedbackLearner
+from dfc_lightning.network.judging import found_loss
 from dfc_lightning.training.controlled import ControlledTraining
 from dfc_lightning.training.loop import silenced
 
@@ -125,7 +126,8 @@ def _step_of_a_copy(trainer: pl.Trainer, module: pl.LightningModule, batch: Any,
             learner = FeedbackLearner(network, strategy.learning, strategy.network.seed)
 
     def loss() -> Tensor:
-        output: Any = twin.training_step(copy.deepcopy(batch), batch_idx)
+        with isolate_rng():
+            output: Any = twin.training_step(copy.deepcopy(batch), batch_idx)
         return output if isinstance(output, Tensor) else output["loss"]
 
     def step() -> None:
@@ -134,6 +136,8 @@ def _step_of_a_copy(trainer: pl.Trainer, module: pl.LightningModule, batch: Any,
             if network is None:
                 loss().backward()
                 return
+            if network.loss is None and strategy.rule.asks_for_loss:  # type: ignore[attr-defined]
+                network.loss = found_loss(network, loss, strategy.loss_reduction)  # type: ignore[attr-defined]
             with network.taught_by(strategy.rule, strategy.loss_reduction) as lesson:  # type: ignore[attr-defined]
                 found = loss()
             found.backward()

@@ -24,6 +24,11 @@ class FeedbackMethod(ABC):
     gated: bool = False
     """Whether a gradient is summed over the samples alone in which a unit's rate can move; see :class:`Sampled`."""
 
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether it asks for ``forward.label(loss_grad)`` of a loss to be found, as ``link`` is None."""
+        return getattr(self, "link", "known") is None
+
     def towards(self, loss_grad: Tensor) -> FeedbackMethod:
         """The method for a batch whose samples' own losses have these gradients ∂ℓ_b/∂r_L, (B, n_L)."""
         return self

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dfc_lightning.errors import ControlError, require
 from dfc_lightning.feedback_learning.method import FeedbackMethod, Noise
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import LinkedLoss, check_link
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.link import LINKS, Link, refuse_other_losses
 from dfc_lightning.settling.strong_simulation import StrongSimulation
 
 
@@ -33,7 +34,7 @@ class StrongSampled(FeedbackMethod):
     Args:
         settling: the simulation; it has to have noise.
         controller: the controller of this phase.
-        link: the output's own nonlinearity g, as of the rule.
+        link: the output's own nonlinearity g, as of the rule; None to have it found by the strategy.
         tau_f: time constant of the low-pass that the control is freed of; None for ũ = u.
         layer_gain: what stands for 1 + τ_v/τ_ε above; None for that, which is 1 where the noise is white.
     """
@@ -42,12 +43,12 @@ class StrongSampled(FeedbackMethod):
 
     settling: StrongSimulation = field(default_factory=_simulation)
     controller: PIController = field(default_factory=_controller)
-    link: Link = "softmax"
+    link: Link | LinkedLoss | None = None
     tau_f: float | None = None
     layer_gain: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.link in LINKS, "link", self.link, f"choose one of {LINKS}")
+        check_link(self.link)
         remedy = "feedback weights learn from noise; give settling.sigma a value above zero"
         require(self.settling.sigma > 0, "sigma", self.settling.sigma, remedy)
         remedy = f"the step dt={self.settling.dt} is larger than this time constant; lower dt or raise it"
@@ -77,12 +78,12 @@ class _Towards(FeedbackMethod):
 
     def gradient(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
         method, shape = self.method, (forward.batch_size, sum(forward.widths))
-        refuse_other_losses(method.link, forward, self.loss_grad)
+        label = forward.label(self.loss_grad, method.link)
         simulation = method.settling
         found = simulation.run(
             forward,
-            -self.loss_grad,
-            method.link,
+            label.offset,
+            label.link,
             method.controller,
             lambda: noise(shape),
             filtered=0.0 if method.tau_f is None else simulation.dt / method.tau_f,

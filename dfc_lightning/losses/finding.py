@@ -55,7 +55,7 @@ def find_link(loss: Callable[[Tensor], Tensor], output: Tensor, loss_reduction: 
     Example:
         >>> y = torch.tensor([0, 2])
         >>> find_link(lambda r: 3 * torch.nn.functional.cross_entropy(r, y, label_smoothing=0.1), torch.randn(2, 4))
-        LinkedLoss(link='softmax', scale=3.0)
+        LinkedLoss(link='softmax', scale=3.0, hard=False)
     """
     require(loss_reduction in ("mean", "sum"), "loss_reduction", loss_reduction, 'choose "mean" or "sum"')
     share = len(output) if loss_reduction == "mean" else 1
@@ -139,17 +139,17 @@ def _known(fit: _Fit, tolerance: float) -> LinkedLoss:
     y, weighed = fit.label, weighed.expand_as(fit.label)
     if fit.link != "identity" and bool(((y < -ROUNDING) | (y > 1 + ROUNDING))[weighed].any()):
         raise _refused(f"it tells of labels that are no probabilities, from {float(y.min()):g} to {float(y.max()):g}")
+    hard = fit.link != "identity" and bool(torch.minimum(y.abs(), (y - 1).abs())[weighed].max() < ROUNDING)
     least, most = float(fit.scale.min()), float(fit.scale.max())
     if most - least <= 2 * tolerance * most:
-        return LinkedLoss(fit.link, _simple(float(fit.scale.mean()), tolerance / 10))
-    hard = bool(torch.minimum(y.abs(), (y - 1).abs())[weighed].max() < ROUNDING)
-    if fit.link == "identity" or not hard:
+        return LinkedLoss(fit.link, _simple(float(fit.scale.mean()), tolerance / 10), hard)
+    if not hard:
         raise _refused(
             f"samples or outputs have weights of their own, from {least:.3g} to {most:.3g}, and one gradient does not "
             "tell them apart from labels that are not 0 and 1. Leave the weights or, by cross entropy, the softening "
             "of labels"
         )
-    return LinkedLoss(fit.link, None)
+    return LinkedLoss(fit.link, None, hard)
 
 
 def _simple(scale: float, accuracy: float) -> float:

@@ -13,6 +13,8 @@ from dfc_lightning.losses.link import LINKS, Link, change, linked, slope, tangen
 
 ROUNDING = 0.05
 """By how much a label may leave the probabilities that it is to be, after gradients in bfloat16."""
+HARD = 0.01
+"""By how much a label may miss 0 and 1, for a sample's weight to be told with it."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,23 @@ class LinkedLoss:
 
     Args:
         link: g.
-        scale: c > 0; 1 for half a squared error and for cross entropies summed over outputs. None for weights that
-            are not known, of hard labels.
+        scale: c > 0; 1 for half a squared error and for cross entropies summed over outputs. None where samples, or
+            outputs of binary cross entropy, have each their own, which hard labels tell.
+        hard: labels are 0 and 1. Of cross entropy with three outputs or more, samples that have such a label are
+            then given the weight that it tells, and the others ``scale``.
     """
 
     link: Link = "softmax"
     scale: float | None = 1.0
+    hard: bool = False
 
     def __post_init__(self) -> None:
         require(self.link in LINKS, "link", self.link, f"choose one of {LINKS}")
         sound = self.scale is None or 0 < self.scale < math.inf
-        require(sound, "scale", self.scale, "give a finite factor above zero, or None for weights that are not known")
-        remedy = "of squared errors the label is known only if the scale is; give it, or link='softmax' or 'sigmoid'"
-        require(self.scale is not None or self.link != "identity", "scale", self.scale, remedy)
+        require(sound, "scale", self.scale, "give a finite factor above zero, or None if hard labels tell it")
+        remedy = "without it labels have to be hard, hard=True, and of a cross entropy, link='softmax' or 'sigmoid'"
+        told = self.scale is not None or (self.hard and self.link != "identity")
+        require(told, "scale", self.scale, remedy)
 
     def told(self, output: Tensor, loss_grad: Tensor) -> Label:
         """The label behind a gradient.
@@ -107,16 +113,21 @@ class LinkedLoss:
         """
         if self.scale is None:
             found = _hard_label(self.link, output, loss_grad)
-            sound = (found.loss_grad() - loss_grad).abs() <= ROUNDING * found.scale
+            sound = _misses(found, loss_grad) <= ROUNDING
         else:
-            scale = output.new_full((len(output), 1), self.scale)
-            found = Label(self.link, output, loss_grad / -self.scale, scale)
+            found = Label(self.link, output, loss_grad / -self.scale, output.new_full((len(output), 1), self.scale))
             if self.link == "identity":  # any label is as good as another
                 return found
             y = found.label
             sound = (y > -ROUNDING) & (y < 1 + ROUNDING)
             if self.link == "softmax":
                 sound &= (y.sum(1, keepdim=True) - 1).abs() < ROUNDING
+            if self.hard and self.link == "softmax" and output.shape[1] > 2:  # of two, any label might be a hard one
+                hard = _hard_label(self.link, output, loss_grad)
+                fits = (_misses(hard, loss_grad) <= HARD).all(1, keepdim=True)
+                pairs = zip((hard.offset, hard.scale), (found.offset, found.scale))
+                found = Label(self.link, output, *(torch.where(fits, mine, other) for mine, other in pairs))
+                sound |= fits
         if not bool(sound.all()):
             raise self._no_label(found, sound)
         return found
@@ -130,6 +141,17 @@ class LinkedLoss:
             f"tells of would be {found.label[sample].tolist()} in sample {sample}. Give the rule link=None, by which "
             "it is found, link='identity' if the loss is half a squared error, or train by DFC(), which takes any loss."
         )
+
+
+def check_link(link: Link | LinkedLoss | None) -> None:
+    """Raise a ``ValueError`` if this is none that a rule can be given."""
+    known = link is None or isinstance(link, LinkedLoss) or link in LINKS
+    require(known, "link", link, f"choose one of {LINKS}, give a LinkedLoss, or None to have it found")
+
+
+def _misses(label: Label, loss_grad: Tensor) -> Tensor:
+    """By how much of c a label's gradient is not the one given, (B, n_L)."""
+    return torch.nan_to_num((label.loss_grad() - loss_grad).abs() / label.scale)
 
 
 def _hard_label(link: Link, output: Tensor, loss_grad: Tensor) -> Label:

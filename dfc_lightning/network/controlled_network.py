@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import require
+from dfc_lightning.losses.linked_loss import LinkedLoss
 from dfc_lightning.network.feedback_weights import FeedbackWeights, in_order
 from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
@@ -86,6 +87,8 @@ class ControlledNetwork:
         """Forward passes taught so far: with the seed, what a rule's random draws follow from."""
         self.ranks = 0, 1
         """This process's number, and how many there are, for draws of samples."""
+        self.loss: LinkedLoss | None = None
+        """What the loss was found to be, where a rule asks for it; passes know it from here."""
         self.structure: Structure | None = None
         """What the forward passes have shown; None before the first."""
         self._layers = list(self.points)
@@ -186,7 +189,7 @@ class ControlledNetwork:
             if rule.feedback is not None:
                 forward = self.bound(forward, rule.feedback)
             chance = Chance(self.seed, self.lessons, *self.ranks, forward.output.device)
-            forward, self.lessons = forward.with_chance(chance), self.lessons + 1
+            forward, self.lessons = forward.with_chance(chance).with_loss(self.loss), self.lessons + 1
             return lesson.open(forward, self.points, output)
 
         with self.watched(open_lesson):
@@ -309,7 +312,7 @@ class ControlledNetwork:
             forward: a pass of this network.
             kind: what feedback weights are needed; None for those that there are.
         """
-        return self.weights.bind(forward, self.points, kind)
+        return self.weights.bind(forward, self.points, kind).with_loss(self.loss)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The feedback weights by the names of their layers; none before they are made."""

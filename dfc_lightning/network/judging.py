@@ -1,4 +1,4 @@
-"""A pass and what its loss makes of its output, with nothing taught."""
+"""What the loss makes of a network's output, or of any other in its place, with nothing taught."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.losses.finding import find_link
+from dfc_lightning.losses.linked_loss import LinkedLoss
+from dfc_lightning.network.controlled_network import AtOutput, ControlledNetwork
 from dfc_lightning.network.gate import LossReduction
 from dfc_lightning.network.learning_rule import Direct, Layerwise
 from dfc_lightning.network.unseen import unseen
@@ -54,8 +56,7 @@ def judged(
         leaves.append(output.detach().requires_grad_())
         return leaves[0].clone()  # a leaf could not be worked on in place
 
-    with unseen(network.module), torch.enable_grad(), network.watched(note):
-        loss = run()
+    loss = _with_output(network, run, note)
     grad = None
     if isinstance(loss, Tensor) and loss.requires_grad:
         (grad,) = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -66,3 +67,45 @@ def judged(
         )
     share = seen[0].batch_size if loss_reduction == "mean" else 1
     return seen[0], torch.nan_to_num(grad.to(seen[0].output.dtype) * share, 0.0, 0.0, 0.0)
+
+
+def found_loss(
+    network: ControlledNetwork, run: Callable[[], Any], loss_reduction: LossReduction = "mean"
+) -> LinkedLoss:
+    """What a loss wants of the network's output; see :func:`find_link`.
+
+    The module stays as it is, as by :func:`judged`.
+
+    Args:
+        network: the controlled network.
+        run: runs the network's module and returns the loss of its output, each time with the same batch and the same
+            random draws; called five times, or twice more for an error to say why.
+        loss_reduction: ``"mean"`` if the loss is a mean over the batch, ``"sum"`` if it is a sum.
+
+    Raises:
+        ControlError: the gradient of the loss does not tell; the message says why.
+
+    Example:
+        >>> from torch import nn
+        >>> mlp = nn.Linear(2, 2)
+        >>> x, y = torch.randn(3, 2), torch.zeros(3, 2)
+        >>> found_loss(ControlledNetwork(mlp), lambda: nn.functional.mse_loss(mlp(x), y))
+        LinkedLoss(link='identity', scale=1.0, hard=False)
+    """
+    seen: list[Tensor] = []
+
+    def note(forward: ForwardPass, output: Tensor) -> Tensor:
+        seen.append(output.detach())
+        return output
+
+    def loss_of(output: Tensor) -> Tensor:
+        return _with_output(network, run, lambda forward, own: output.clone())
+
+    _with_output(network, run, note)
+    return find_link(loss_of, seen[0], loss_reduction)
+
+
+def _with_output(network: ControlledNetwork, run: Callable[[], Any], output: AtOutput) -> Any:
+    """The loss with what ``output`` makes of the network's output in its place."""
+    with unseen(network.module), torch.enable_grad(), network.watched(output):
+        return run()

@@ -113,6 +113,11 @@ class LearningRule(ABC):
         """How the rule drives the network."""
         return Control()
 
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether :meth:`teach` asks for ``forward.label(loss_grad)`` of a loss to be found, as ``link`` is None."""
+        return getattr(self, "link", "known") is None
+
     @abstractmethod
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch.

@@ -170,7 +170,7 @@ class DensePass(ForwardPass[DenseDeviation]):
         return replace(self, x=self.x[index], v=v, r=r, unit=unit)
 
     def again(self) -> DensePass:
-        return replace(DensePass.run(self.x, self.layers, self.feedback), layered=self.layered)
+        return replace(DensePass.run(self.x, self.layers, self.feedback), layered=self.layered, loss=self.loss)
 
     # The control's way to the output
 

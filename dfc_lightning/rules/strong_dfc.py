@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import require
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import Label, LinkedLoss, check_link
 from dfc_lightning.network.learning_rule import Control, Direct, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import PLASTICITIES, Plasticity
 from dfc_lightning.settling.controller import PIController
-from dfc_lightning.settling.link import LINKS, Link, refuse_other_losses, settle_linked
+from dfc_lightning.settling.link import settle_linked
 from dfc_lightning.settling.settled import Settled, Settling
 from dfc_lightning.settling.steady_state import SteadyState
 from dfc_lightning.settling.strong_simulation import Draw, Run, StrongSimulation, draws
 from dfc_lightning.settling.target import ClampedTarget
+from dfc_lightning.settling.update_sums import by_sample
 
 
 def _controller() -> PIController:
@@ -43,7 +46,7 @@ class StrongDFC(LearningRule):
     Args:
         settling: the simulation; it has to have noise, and coloured noise if its slow part is not to teach.
         controller: the controller.
-        link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
+        link: the output's own nonlinearity g, or the loss by it and its scale; None to have it found by the strategy.
         tau_f: time constant τ_f / τ_u of the low-pass that the high-passed control is without, at least ``dt``.
         layer_gain: what stands for 1 + τ_v/τ_ε above; None for that.
         plasticity: the postsynaptic factor.
@@ -53,7 +56,7 @@ class StrongDFC(LearningRule):
 
     settling: StrongSimulation = field(default_factory=_noisy)
     controller: PIController = field(default_factory=_controller)
-    link: Link = "softmax"
+    link: Link | LinkedLoss | None = None
     tau_f: float = 0.5
     layer_gain: float | None = None
     plasticity: Plasticity = "rate_difference"
@@ -72,29 +75,30 @@ class StrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        refuse_other_losses(self.link, forward, loss_grad)
-        run = self._run(forward, loss_grad, draws(forward, loss_grad))
+        label = forward.label(loss_grad, self.link)
+        run = self._run(forward, label, draws(forward, loss_grad))
         counted = run.settled.counted(drop_unconverged=False)
         settled, share = run.settled, 1.0
         if not counted.all():  # once more without the diverged, and with the same noise
             share = int(counted.sum()) / forward.batch_size
             if not share:
                 return _nothing(forward, settled)
-            run = self._run(forward.samples(counted), loss_grad[counted], draws(forward, loss_grad, counted))
+            run = self._run(forward.samples(counted), label.samples(counted), draws(forward, loss_grad, counted))
         assert run.taught is not None and run.feedback is not None
         taught = [[t * -share for t in each] for each in run.taught]
         return Update(taught, [q * share for q in run.feedback], settled)
 
-    def _run(self, forward: ForwardPass, loss_grad: Tensor, draw: Draw) -> Run:
+    def _run(self, forward: ForwardPass, label: Label, draw: Draw) -> Run:
         return self.settling.run(
             forward,
-            -loss_grad,
-            self.link,
+            label.offset,
+            label.link,
             self.controller,
             draw,
             update=self.plasticity,
             filtered=self.settling.dt / self.tau_f,
             layer_gain=self.layer_gain,
+            weight=label.weight,
         )
 
 
@@ -112,7 +116,7 @@ class TwoPhaseStrongDFC(LearningRule):
     Args:
         settling: ``SteadyState``, or ``StrongSimulation`` for the way there.
         controller: the controller; None for that leak if ``settling`` solves, and for the authors' if it simulates.
-        link: the output's own nonlinearity g: the loss is cross entropy of its logits, or half a squared error.
+        link: the output's own nonlinearity g, or the loss by it and its scale; None to have it found by the strategy.
         plasticity: the postsynaptic factor.
     """
 
@@ -120,7 +124,7 @@ class TwoPhaseStrongDFC(LearningRule):
 
     settling: Settling = field(default_factory=SteadyState)
     controller: PIController | None = None
-    link: Link = "softmax"
+    link: Link | LinkedLoss | None = None
     plasticity: Plasticity = "rate_difference"
 
     def __post_init__(self) -> None:
@@ -143,21 +147,21 @@ class TwoPhaseStrongDFC(LearningRule):
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`."""
-        refuse_other_losses(self.link, forward, loss_grad)
+        label = forward.label(loss_grad, self.link)
         controller = self.control.controller
         assert controller is not None
         if isinstance(self.settling, StrongSimulation):
-            settled = self.settling.run(forward, -loss_grad, self.link, controller).settled
+            settled = self.settling.run(forward, label.offset, label.link, controller).settled
         else:
-            settled = settle_linked(self.settling, forward, -loss_grad, controller, self.link)
+            settled = settle_linked(self.settling, forward, label.offset, controller, label.link)
         counted = settled.counted(drop_unconverged=False)
         response = settled.response_of(counted)
-        signals = forward.postsynaptic(response, self.plasticity)
+        signals = by_sample(forward.postsynaptic(response, self.plasticity), label.weight)
         return Update(forward.gradients(signals, forward.heard(response), scale=-1.0), settled=settled)
 
 
-def _check(link: Link, plasticity: Plasticity) -> None:
-    require(link in LINKS, "link", link, f"choose one of {LINKS}")
+def _check(link: Link | LinkedLoss | None, plasticity: Plasticity) -> None:
+    check_link(link)
     require(plasticity in PLASTICITIES, "plasticity", plasticity, f"choose one of {PLASTICITIES}")
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dfc_lightning.errors import require
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import LinkedLoss, check_link
 from dfc_lightning.network.learning_rule import Direct, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
-from dfc_lightning.settling.link import LINKS, Link, linked, refuse_other_losses
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,16 @@ class DirectRandomTargetProjection(LearningRule):
     network's output is.
 
     Args:
-        link: the output's own nonlinearity g, by which y is told from the gradient of the loss: cross entropy of
-            logits, or half a squared error.
+        link: the output's own nonlinearity g, by which y is told from the gradient of the loss, or the loss by it and
+            its scale; None to have it found by the strategy.
     """
 
     feedback: ClassVar[Direct] = Direct(init="xavier_normal")
 
-    link: Link = "softmax"
+    link: Link | LinkedLoss | None = None
 
     def __post_init__(self) -> None:
-        require(self.link in LINKS, "link", self.link, f"choose one of {LINKS}")
+        check_link(self.link)
 
     def teach(self, forward: ForwardPass, loss_grad: Tensor) -> Update:
         """The update for a batch; see :class:`LearningRule`.
@@ -38,7 +38,7 @@ class DirectRandomTargetProjection(LearningRule):
         Raises:
             ControlError: the loss is not the one that ``link`` says.
         """
-        refuse_other_losses(self.link, forward, loss_grad)
+        label = forward.label(loss_grad, self.link)
         own = forward.output_errors(loss_grad)
-        projected = forward.apical(loss_grad - linked(self.link, forward.output))
+        projected = forward.apical(-label.scale * label.label)
         return Update(forward.gradients([d * q if e is None else e for d, q, e in zip(forward.slopes, projected, own)]))

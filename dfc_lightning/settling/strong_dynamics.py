@@ -13,6 +13,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from dfc_lightning.losses.link import Link, linked
 from dfc_lightning.operations.nonlinearity import Nonlinearity, Tanh
 from dfc_lightning.operations.operation import constant
 from dfc_lightning.passes.dense import DenseDeviation, DensePass
@@ -20,10 +21,9 @@ from dfc_lightning.passes.forward_pass import Deviation, ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import controlled, dynamics_of
-from dfc_lightning.settling.link import Link, linked
 from dfc_lightning.settling.settled import Taught
 from dfc_lightning.settling.time_step import TimeStep
-from dfc_lightning.settling.update_sums import update_sums
+from dfc_lightning.settling.update_sums import GeneralSums, UpdateSums, update_sums
 
 
 class StrongDynamics(ABC):
@@ -76,6 +76,7 @@ def strong_dynamics(
     controller: PIController,
     step: TimeStep,
     plasticity: Plasticity,
+    weight: Tensor | None = None,
 ) -> StrongDynamics:
     """The dynamics from the feedforward state on, rates reaching the next layer within a step.
 
@@ -86,8 +87,9 @@ def strong_dynamics(
         controller: the controller.
         step: the discretisation.
         plasticity: the postsynaptic factor of the sums.
+        weight: what each sample counts for in them, (B, 1); None for 1.
     """
-    return StrongGeneral(forward, offset, link, controller, step, plasticity)
+    return StrongGeneral(forward, offset, link, controller, step, plasticity, weight)
 
 
 class StrongGeneral(StrongDynamics):
@@ -101,9 +103,12 @@ class StrongGeneral(StrongDynamics):
         controller: PIController,
         step: TimeStep,
         plasticity: Plasticity,
+        weight: Tensor | None = None,
     ) -> None:
         self._inner = dynamics_of(forward, offset, controller, step)
-        self._sums = update_sums(forward, plasticity, 1.0)
+        self._sums: UpdateSums = (
+            update_sums(forward, plasticity, 1.0) if weight is None else GeneralSums(forward, plasticity, 1.0, weight)
+        )
         self._link, self._output = link, forward.output
         self._label = offset + linked(link, forward.output)
 
@@ -147,8 +152,10 @@ class StrongChain(StrongDynamics):
         controller: PIController,
         step: TimeStep,
         plasticity: Plasticity,
+        weight: Tensor | None = None,
     ) -> None:
         self.forward, self.controller, self.step, self.plasticity = forward, controller, step, plasticity
+        self._weight = weight
         self.v = [v.clone() for v in forward.v]
         self.basal = [v.clone() for v in forward.v]  # the first layer's stays as it is
         self.r = [r.clone() for r in forward.r]
@@ -208,6 +215,8 @@ class StrongChain(StrongDynamics):
                 torch.sub(self.v[i], self.basal[i], out=signal)
                 if self.plasticity == "derivative":
                     signal.mul_(self.forward.slopes[i])
+            if self._weight is not None:
+                signal.mul_(self._weight)
         return self._signals
 
     def sums(self) -> Taught:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import require
+from dfc_lightning.losses.link import Link
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.passes.plasticity import Plasticity
 from dfc_lightning.settling.controller import PIController
 from dfc_lightning.settling.dynamics import stacked_noise
-from dfc_lightning.settling.link import Link
 from dfc_lightning.settling.settled import Settled, Settling, Taught, share_missed
 from dfc_lightning.settling.strong_dynamics import StrongDynamics, strong_dynamics
 from dfc_lightning.settling.time_step import TimeStep
@@ -118,6 +118,7 @@ class StrongSimulation(Settling):
         update: Plasticity | None = None,
         filtered: float | None = None,
         layer_gain: float | None = None,
+        weight: Tensor | None = None,
         visit: Callable[[StrongDynamics], None] = lambda dynamics: None,
     ) -> Run:
         """Simulate.
@@ -132,9 +133,11 @@ class StrongSimulation(Settling):
             filtered: to teach feedback weights, from the control less its low-passed self: the share dt / τ_f of the
                 way to the control that this goes in a step, 0 for the control itself. None not to.
             layer_gain: what stands for 1 + τ_v/τ_ε in the gradient of feedback weights; None for that.
+            weight: what each sample counts for in the update, (B, 1); None for 1.
             visit: called after each step.
         """
-        dynamics = strong_dynamics(forward, offset, link, controller, self.time_step, update or "rate_difference")
+        plasticity = update or "rate_difference"
+        dynamics = strong_dynamics(forward, offset, link, controller, self.time_step, plasticity, weight)
         noise = None if draw is None or not self.sigma else self._noise(forward, offset, draw)
         products = offset.new_zeros(forward.outputs, sum(forward.widths))  # long rows are summed faster
         slow, fast = torch.zeros_like(offset), torch.empty_like(offset)

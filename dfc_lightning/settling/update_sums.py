@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from dfc_lightning.passes.dense import DensePass
 from dfc_lightning.passes.forward_pass import ForwardPass
@@ -25,6 +27,11 @@ class UpdateSums(Protocol):
         """The sum so far."""
 
 
+def by_sample(signals: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """Signals, (B, …), times what each sample weighs, (B, 1)."""
+    return [t * weight.view(-1, *[1] * (t.dim() - 1)) for t in signals]
+
+
 @singledispatch
 def update_sums(forward: ForwardPass, plasticity: Plasticity, scale: float) -> UpdateSums:
     """Sums of ``scale`` times the batch-mean update by ``plasticity`` in each state."""
@@ -32,15 +39,19 @@ def update_sums(forward: ForwardPass, plasticity: Plasticity, scale: float) -> U
 
 
 class GeneralSums:
-    """For any network: the update is formed in every state."""
+    """For any network: the update is formed in every state, samples counted by ``weight``, (B, 1), if there is one."""
 
-    def __init__(self, forward: ForwardPass, plasticity: Plasticity, scale: float) -> None:
-        self.forward, self.plasticity, self.scale = forward, plasticity, scale
+    def __init__(
+        self, forward: ForwardPass, plasticity: Plasticity, scale: float, weight: Tensor | None = None
+    ) -> None:
+        self.forward, self.plasticity, self.scale, self.weight = forward, plasticity, scale, weight
         self._totals: Taught = []
 
     def add(self, dynamics: ControlledDynamics, times: int) -> None:
         state = dynamics.trail()
         signals = self.forward.postsynaptic(state, self.plasticity)
+        if self.weight is not None:
+            signals = by_sample(signals, self.weight)
         taught = self.forward.gradients(signals, self.forward.heard(state), self.scale * times)
         for totals, parts in zip(self._totals, taught):
             for total, part in zip(totals, parts):

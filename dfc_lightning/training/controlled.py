@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,10 +33,10 @@ from dfc_lightning.training.loop import (
     as_trained_on,
     fast_forward,
     silenced,
-    step_arguments,
     training_batches,
     training_loaders,
 )
+from dfc_lightning.training.loss_beside import BatchSkipped, find_loss, loss_beside, loss_of
 from dfc_lightning.training.refusals import (
     deaf_loss,
     empty_alone,
@@ -157,6 +157,8 @@ class ControlledTraining(InStep):
             self._take_control(module)
         elif another and self.stages is not None:
             self.stages.progress.new_trainer()
+        if self.network is not None:
+            self.network.loss = None  # it may be another than the last time
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -245,10 +247,10 @@ class ControlledTraining(InStep):
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
                 output = super().training_step(*args, **kwargs)
                 if output is None:
-                    raise _BatchSkipped
-        except _BatchSkipped:
+                    raise BatchSkipped
+        except BatchSkipped:
             return None
-        loss = _loss_of(output)
+        loss = loss_of(output)
         if isinstance(loss, Tensor):
             if not loss.requires_grad:
                 raise deaf_loss()
@@ -272,6 +274,7 @@ class ControlledTraining(InStep):
         stages, trainer = self.stages, self._trainer
         if trainer.world_size > 1:
             self._on_any([])
+        self._find_loss(batch, batch_idx)
         if stages is None or not stages.due(trainer):
             return
         if all(can_be_read_again(loader) for loader in training_loaders(trainer)):
@@ -307,14 +310,10 @@ class ControlledTraining(InStep):
     def _feedback_step(self, batch: Any, batch_idx: int, initial: bool, in_hand: bool) -> dict[str, Tensor]:
         module, network, learner, trainer = self.lightning_module, self.network, self.learner, self._trainer
         assert module is not None and network is not None and learner is not None and trainer is not None
+        loss_grad: Tensor | None = None
 
         def run() -> Any:
-            output = module.training_step(*step_arguments(trainer, batch, batch_idx))
-            if output is None:
-                raise _BatchSkipped
-            return _loss_of(output)
-
-        loss_grad: Tensor | None = None
+            return loss_beside(trainer, batch, batch_idx)
 
         try:
             with unseen(module, [optimizer.param_groups for optimizer in self.optimizers]):
@@ -324,12 +323,14 @@ class ControlledTraining(InStep):
                     if is_empty(batch) and trainer.world_size == 1:
                         return {}
                     if not in_hand and module.on_train_batch_start(batch, batch_idx) == -1:
-                        raise _BatchSkipped  # with it, training would leave the rest of the epoch
+                        raise BatchSkipped  # with it, training would leave the rest of the epoch
+                    if self._loss_is_asked_for:  # the first batch was empty
+                        find_loss(network, trainer, batch, batch_idx, self.loss_reduction)
                     if learner.learning.method.needs_loss:
                         forward, loss_grad = judged(network, run, self.rule.feedback, self.loss_reduction)
                     else:
                         forward = network.observing(run, self.rule.feedback)
-        except _BatchSkipped:
+        except BatchSkipped:
             if trainer.world_size > 1:
                 raise skipped_alone() from None
             return {}
@@ -337,6 +338,25 @@ class ControlledTraining(InStep):
             return {}
         with torch.no_grad():
             return learner.step(forward, initial, loss_grad)  # outside the context: no autocast in the simulation
+
+    def _find_loss(self, batch: Any, batch_idx: int) -> None:
+        """Find what the loss wants of the output, before anything is learned, where there is one who asks for it."""
+        module, network, trainer = self.lightning_module, self.network, self._trainer
+        assert module is not None and network is not None and trainer is not None
+        if not self._loss_is_asked_for or is_empty(batch):
+            return
+        try:
+            with unseen(module, [optimizer.param_groups for optimizer in self.optimizers]):
+                with self.precision_plugin.train_step_context(), silenced(module):
+                    find_loss(network, trainer, batch, batch_idx, self.loss_reduction)
+        except BatchSkipped:
+            pass
+
+    @property
+    def _loss_is_asked_for(self) -> bool:
+        """Whether what the loss wants of the output is still to be found."""
+        asked = self.rule.asks_for_loss or (self.learning is not None and self.learning.method.asks_for_loss)
+        return asked and self.network is not None and self.network.loss is None
 
     def _empty(self, forward: ForwardPass) -> bool:
         """Whether a batch has no sample to learn feedback from."""
@@ -351,12 +371,3 @@ class ControlledTraining(InStep):
         if metrics and logs_at(self._trainer, steps - 1):
             named = {f"feedback/{name}": value for name, value in metrics.items()}
             log(self._trainer, {**named, "feedback/step": float(steps)}, self._trainer.global_step, steps)
-
-
-def _loss_of(output: Any) -> Any:
-    """The loss in what a ``training_step`` has returned."""
-    return output.get("loss") if isinstance(output, Mapping) else output
-
-
-class _BatchSkipped(Exception):
-    """The module's ``training_step`` returned None, by which Lightning skips a batch."""

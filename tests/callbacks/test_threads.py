@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases.fits import Innocent, clusters, loader, quiet, strategy
 
+from dfc_lightning import DirectRandomTargetProjection
 from dfc_lightning.callbacks import ChooseThreads, threads
 
 
@@ -52,6 +53,13 @@ def test_the_faster_is_taken_and_said(monkeypatch, caplog, seconds, chosen):
     assert callback.chosen == chosen == torch.get_num_threads()
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Threads")]
     assert line.startswith(f"Threads: {chosen}, by measurement: a step takes {1e3 * seconds[1]:g} ms on 1")
+
+
+def test_steps_are_measured_of_a_rule_that_asks_what_the_loss_wants(monkeypatch):
+    measured(monkeypatch, {1: 1e-3, 2: 2e-3})
+    callback = ChooseThreads()
+    fitted(callback, by=strategy(rule=DirectRandomTargetProjection(), feedback=None))
+    assert callback.chosen == 1
 
 
 @pytest.mark.parametrize("by", [None, L.pytorch.strategies.SingleDeviceStrategy("cpu")], ids=["dfc", "backprop"])

@@ -56,10 +56,10 @@ RULES: dict[str, LearningRule] = {
     "weight mirror": WeightMirror(),
     "signs": SignSymmetry(),
     "signs, new draws": SignSymmetry("batch_random"),
-    "DRTP": DirectRandomTargetProjection(),
+    "DRTP": DirectRandomTargetProjection("softmax"),
     "forward gradient": ForwardGradient(),
-    "Strong-DFC": StrongDFC(),
-    "Strong-DFC, two phases": TwoPhaseStrongDFC(),
+    "Strong-DFC": StrongDFC(link="softmax"),
+    "Strong-DFC, two phases": TwoPhaseStrongDFC(link="softmax"),
 }
 ON_CHAINS = {"trajectory": DFC(Trajectory(steps=60), PIController(0.1, 1.0), integrate=True)}
 ON_GRAPHS = {name: rule for name, rule in RULES.items() if "Strong" not in name}

@@ -100,7 +100,7 @@ def test_recipes_are_the_published_command_lines(name: str) -> None:
     assert type(rule) is (StrongDFC if single else TwoPhaseStrongDFC) and type(method) is StrongSampled
     assert type(rule.settling) is StrongSimulation
     assert (rule.settling.steps, rule.settling.dt, passes.steps) == (499, 1e-3, 499)
-    assert rule.settling.proactive and passes.proactive and rule.link == method.link == "softmax"
+    assert rule.settling.proactive and passes.proactive and rule.link is method.link is None
     assert rule.controller.k_p == 2 and {rule.controller.leak, method.controller.leak} == {"control"}
     assert learning.clip_norm == 1 and learning.clip_each and learning.train_output
     assert learning.passes_per_epoch == (0 if single else {"mnist": 1, "fashion_mnist": 3}[column])

@@ -122,8 +122,18 @@ def test_few_digits_do_for_finding_it(name: str, dtype: torch.dtype) -> None:
 
 def test_a_sum_is_told_from_a_mean() -> None:
     loss = lambda r: F.cross_entropy(r, HARD, reduction="sum")  # noqa: E731
-    assert find_link(loss, output(), "sum") == LinkedLoss("softmax", 1.0)
+    assert find_link(loss, output(), "sum") == LinkedLoss("softmax", 1.0, hard=True)
     assert find_link(loss, output()).scale == B
+
+
+@pytest.mark.parametrize("name", ["class weights", "some ignored", "mixed up", "of probabilities"])
+def test_weights_and_soft_labels_may_come_later(name: str) -> None:
+    """The first batch, of hard labels without weights, need not show all that a loss does."""
+    r, d = output(), output().flip(0)
+    first = find_link(ce(HARD), r)
+    assert first == LinkedLoss("softmax", 1.0, hard=True)
+    label = first.told(r, gradient(TELLING[name][0], r))
+    assert torch.allclose(label.loss_grad(d), gradient(TELLING[name][0], r + d), atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["class weights", "positives weigh more"])
@@ -190,11 +200,11 @@ def test_a_loss_that_tells_no_label_is_refused_with_the_reason(name: str) -> Non
 def test_another_loss_than_the_one_named_is_refused() -> None:
     r = output()
     grad = gradient(squared(3 * output().flip(0)), r)
-    for named in (LinkedLoss("softmax"), LinkedLoss("sigmoid"), LinkedLoss("softmax", None)):
+    for named in (LinkedLoss("softmax"), LinkedLoss("sigmoid"), LinkedLoss("softmax", None, True)):
         with pytest.raises(ControlError, match=r"(?s)not the .*cross entropy.*sample \d.*link=None"):
             named.told(r, grad)
     with pytest.raises(ControlError, match="with hard labels"):
-        LinkedLoss("softmax", None).told(r, gradient(ce(SOFT), r))
+        LinkedLoss("softmax", None, True).told(r, gradient(ce(SOFT), r))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,8 @@ def test_another_loss_than_the_one_named_is_refused() -> None:
         (lambda: LinkedLoss("logit"), "link='logit'.*softmax"),
         (lambda: LinkedLoss("softmax", 0.0), r"scale=0\.0"),
         (lambda: LinkedLoss("softmax", float("nan")), "scale=nan"),
-        (lambda: LinkedLoss("identity", None), "scale=None.*squared errors"),
+        (lambda: LinkedLoss("softmax", None), "scale=None.*hard=True"),
+        (lambda: LinkedLoss("identity", None, hard=True), "scale=None.*cross entropy"),
         (lambda: find_link(ce(HARD), output(), "none"), "loss_reduction='none'"),
     ],
 )

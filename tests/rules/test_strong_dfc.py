@@ -21,6 +21,7 @@ from dfc_lightning import (
     FeedbackLearner,
     FeedbackLearning,
     LearningRule,
+    LinkedLoss,
     StrongDFC,
     StrongSampled,
     TwoPhaseStrongDFC,
@@ -100,7 +101,7 @@ def test_a_chain_learns_alike_whatever_it_is_seen_as(general: bool) -> None:
         x, y = clusters(size=8, dtype=torch.float64)[:]
         network = ControlledNetwork(module, seed=0, general=seen_as)
         torch.manual_seed(3)
-        with network.taught_by(StrongDFC(NOISY, PI)) as lesson:
+        with network.taught_by(StrongDFC(NOISY, PI, "softmax")) as lesson:
             loss = F.cross_entropy(network(x), y, label_smoothing=0.1)
         loss.backward()
         found.append([p.grad for p in module.parameters()] + lesson.update.feedback)
@@ -110,7 +111,7 @@ def test_a_chain_learns_alike_whatever_it_is_seen_as(general: bool) -> None:
 
 def test_the_update_keeps_its_digits_in_float32() -> None:
     case = make("tanh_ce", "random")
-    for rule in (TwoPhaseStrongDFC(CALM, PI), StrongDFC(NOISY, PI)):
+    for rule in (TwoPhaseStrongDFC(CALM, PI, "softmax"), StrongDFC(NOISY, PI, "softmax")):
         torch.manual_seed(0)
         exact = rule.teach(case.forward, case.loss_grad)
         small = case.to(torch.float32)
@@ -123,7 +124,7 @@ def test_it_is_no_backprop_in_disguise() -> None:
     case = make("tanh_ce", "random", batch=16)
     true = flat(Backprop().teach(case.forward, case.loss_grad))
     torch.manual_seed(0)
-    for rule in (TwoPhaseStrongDFC(CALM, PI), StrongDFC(NOISY, PI)):
+    for rule in (TwoPhaseStrongDFC(CALM, PI, "softmax"), StrongDFC(NOISY, PI, "softmax")):
         assert 20 < degrees(flat(rule.teach(case.forward, case.loss_grad)), true) < 90
 
 
@@ -392,35 +393,103 @@ def test_settings_without_sense_are_refused(make_it: Callable[[], Any], message:
         make_it()
 
 
+# What the loss wants
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_samples_count_by_the_weights_that_the_loss_gives_them(general: bool) -> None:
+    """The sum of what each would be taught alone, by its weight, at any scale of the loss."""
+    module, (x, y) = Innocent().double().net, clusters(size=8, dtype=torch.float64)[:]
+    forward = ControlledNetwork(module, seed=0, general=general).observe(x)
+    weight = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    grad, each = (forward.output.softmax(1) - F.one_hot(y, 3)), weight[y]
+    for rule in (TwoPhaseStrongDFC(CALM, PI), TwoPhaseStrongDFC(), StrongDFC(NOISY, PI)):
+        plain = [
+            replace(rule, link="softmax").teach(forward.samples(torch.tensor([k])).with_chance(Silent(0, 0)), grad[[k]])
+            for k in range(8)
+        ]
+        weighed = replace(rule, link=LinkedLoss("softmax", None, hard=True))
+        found = weighed.teach(forward.with_chance(Silent(0, 0)), grad * each.unsqueeze(1))
+        expected = sum(c * flat(update) for c, update in zip(each, plain)) / 8
+        assert close(flat(found), expected, 1e-9)
+        halved = replace(rule, link=LinkedLoss("softmax", 0.5)).teach(forward.with_chance(Silent(0, 0)), grad / 2)
+        assert close(flat(halved), 0.5 * sum(flat(update) for update in plain) / 8, 1e-9)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "squared": lambda r, y: (r - F.one_hot(y, 3)).square().sum(1).mean(),
-    "weighted": lambda r, y: F.cross_entropy(r, y, weight=torch.tensor([1.0, 9.0, 1.0]).to(r), reduction="sum") / 8,
+    "squared": lambda r, y: F.mse_loss(r, F.one_hot(y, 3).to(r)),
+    "weighted": lambda r, y: F.cross_entropy(r, y, weight=torch.tensor([1.0, 2.0, 1.0]).to(r)),
     "of each class": lambda r, y: F.binary_cross_entropy_with_logits(r, F.one_hot(y, 3).to(r)),
+    "smoothed, scaled": lambda r, y: 3 * F.cross_entropy(r, y, label_smoothing=0.1),
 }
 
 
+class By(Innocent):
+    """Trained by one of these losses."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.loss = loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.at_call(self.calls)
+        self.calls += 1
+        return self.loss(self(batch[0]), batch[1])
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("passes", [False, True])
-def test_a_loss_that_is_no_cross_entropy_is_refused(loss: str, passes: bool) -> None:
-    class Other(Innocent):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return LOSSES[loss](self(batch[0]), batch[1])
-
-    learning = replace(SHORT_PASSES, initial_passes=int(passes), passes_per_epoch=0)
-    with pytest.raises(ControlError, match=r"(?s)not the cross entropy.*link='identity'.*DFC\(\)"):
-        quiet(strategy(rule=TwoPhaseStrongDFC(), feedback=learning)).fit(Other(), loader())
-
-
-def test_with_its_own_link_a_squared_error_is_learned() -> None:
-    class Squared(Innocent):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return 0.5 * (self(batch[0]) - F.one_hot(batch[1], 3)).square().sum(1).mean()
-
-    module = Squared(lr=0.01)
-    rule = TwoPhaseStrongDFC(link="identity")
-    quiet(strategy(rule=rule), max_epochs=3).fit(module, loader(clusters(size=320), batch_size=16))
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_the_loss_wants_is_found_before_it_is_learned(loss: str, precision: str) -> None:
+    module = By(LOSSES[loss], lr=0.01)
+    trainer = quiet(strategy(rule=TwoPhaseStrongDFC(), feedback=None), max_epochs=3, precision=precision)
+    trainer.fit(module, loader(clusters(size=320), batch_size=16))
     x, y = clusters(size=400, seed=5)[:]
     assert (module.eval()(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_finding_it_changes_nothing_else() -> None:
+    """Named or found, with labels mixed by chance and dropout: weights are the same to the last bit."""
+
+    def mixed(r: Tensor, y: Tensor) -> Tensor:
+        share = torch.rand(())
+        return share * F.cross_entropy(r, y) + (1 - share) * F.cross_entropy(r, y.flip(0))
+
+    found = []
+    for link in ("softmax", None):
+        module = By(mixed)
+        module.net.insert(2, nn.Dropout(0.3))
+        torch.manual_seed(4)
+        learning = replace(SHORT_PASSES, method=replace(SHORT_PASSES.method, link=link))
+        quiet(strategy(rule=TwoPhaseStrongDFC(CALM, PI, link), feedback=learning)).fit(module, loader())
+        found.append((weights(module), module.calls))
+    (named, calls), (mine, more) = found
+    assert torch.equal(named, mine) and more - calls == 5
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda r, y: F.multi_margin_loss(r, y), r"jumps.*DFC\(\)"),
+        (lambda r, y: F.huber_loss(r, F.one_hot(y, 3).to(r)), r"misses by.*DFC\(\)"),
+        (lambda r, y: F.binary_cross_entropy_with_logits(
+            r, F.one_hot(y, 3).to(r), pos_weight=torch.tensor([1.0, 5.0, 2.0])), r"pos_weight.*DFC\(\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_loss_that_tells_no_label_is_refused_before_anything_is_learned(loss: Any, message: str, passes: int) -> None:
+    module, learning = By(loss), replace(SHORT_PASSES, initial_passes=passes, passes_per_epoch=0)
+    before, s = weights(module), strategy(rule=TwoPhaseStrongDFC(), feedback=learning)
+    with pytest.raises(ControlError, match=f"(?s){message}"):
+        quiet(s).fit(module, loader())
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_another_loss_than_the_one_named_is_refused(passes: bool) -> None:
+    learning = replace(SHORT_PASSES, initial_passes=int(passes), passes_per_epoch=0)
+    module = By(lambda r, y: (r - 3 * F.one_hot(y, 3)).square().sum(1).mean())
+    with pytest.raises(ControlError, match=r"(?s)not the cross entropy.*link=None.*link='identity'.*DFC\(\)"):
+        quiet(strategy(rule=TwoPhaseStrongDFC(link="softmax"), feedback=learning)).fit(module, loader())
 
 
 def test_a_pass_without_a_label_is_refused() -> None:

@@ -29,8 +29,8 @@ def test_hidden_layers_learn_from_the_label_alone():
     soft = torch.rand(5, 3, dtype=x.dtype).softmax(1)
     half = nn.MSELoss(reduction="sum")
     cases = [
-        (DirectRandomTargetProjection(), nn.CrossEntropyLoss(), hard, F.one_hot(hard, 3).to(x)),
-        (DirectRandomTargetProjection(), nn.CrossEntropyLoss(), soft, soft),
+        (DirectRandomTargetProjection("softmax"), nn.CrossEntropyLoss(), hard, F.one_hot(hard, 3).to(x)),
+        (DirectRandomTargetProjection("softmax"), nn.CrossEntropyLoss(), soft, soft),
         (DirectRandomTargetProjection("identity"), lambda out, y: half(out, y) / 2 / len(x), soft, soft),
     ]
     for rule, loss, y, label in cases:
@@ -54,7 +54,7 @@ def test_no_prediction_reaches_the_hidden_layers(name, general):
     """It is DFA's update in a network whose output is silent, where g(r_L) is the same for all; and is not DFA's."""
     module, x, y = made(name)
     net = ControlledNetwork(module, seed=0, general=general)
-    rule = DirectRandomTargetProjection()
+    rule = DirectRandomTargetProjection("softmax")
     with net.taught_by(rule):
         net(x)
     forward = net.bound(net.observe(x))
@@ -70,7 +70,9 @@ def test_no_prediction_reaches_the_hidden_layers(name, general):
 
 def test_it_is_not_the_gradient():
     module, x, y = made("mlp")
-    found = taught(ControlledNetwork(module, seed=0), DirectRandomTargetProjection(), nn.CrossEntropyLoss(), x, y)
+    found = taught(
+        ControlledNetwork(module, seed=0), DirectRandomTargetProjection("softmax"), nn.CrossEntropyLoss(), x, y
+    )
     module.zero_grad()
     F.cross_entropy(module(x), y).backward()
     cosine = F.cosine_similarity(found[0].flatten(), module[0].weight.grad.flatten(), dim=0)
@@ -82,6 +84,6 @@ def test_losses_that_tell_no_label_are_refused():
     module, x, y = made("mlp")
     net = ControlledNetwork(module, seed=0)
     with pytest.raises(ControlError, match="cross entropy.*link='identity'"):
-        taught(net, DirectRandomTargetProjection(), nn.MSELoss(), x, torch.randn(5, 3, dtype=x.dtype))
-    with pytest.raises(ValueError, match="link='sigmoid'.*softmax"):
-        DirectRandomTargetProjection("sigmoid")
+        taught(net, DirectRandomTargetProjection("softmax"), nn.MSELoss(), x, torch.randn(5, 3, dtype=x.dtype))
+    with pytest.raises(ValueError, match="link='logit'.*softmax"):
+        DirectRandomTargetProjection("logit")
