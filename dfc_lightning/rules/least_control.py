@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import require
-from dfc_lightning.losses.link import LINKS, Link
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import LinkedLoss, check_link
 from dfc_lightning.network.learning_rule import Control, Direct, Layerwise, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass, scaled
 from dfc_lightning.rules.dfc import relative_size
@@ -42,7 +43,7 @@ class LeastControl(LearningRule):
             α is in the units of J Jᵀ and ψ teaches as it is, as published; the update fades as they grow.
         decay: weight decay of W_i and B_i under ``"kolen_pollack"``, in units of the learning rate.
         equilibrium: how ψ is found.
-        link: the output's own nonlinearity g, at a loss of scale 1, :class:`LinkedLoss`; None to find both.
+        link: the output's own nonlinearity g, or the loss by it and its scale; None to have it found by the strategy.
     """
 
     through: Through = "weights"
@@ -50,12 +51,12 @@ class LeastControl(LearningRule):
     relative: bool = True
     decay: float = 0.1
     equilibrium: Equilibrium = field(default_factory=Equilibrium)
-    link: Link | None = None
+    link: Link | LinkedLoss | None = None
 
     def __post_init__(self) -> None:
         require(self.through in THROUGH, "through", self.through, f"choose one of {THROUGH}")
         require(self.alpha > 0, "alpha", self.alpha, "give a leakage above zero, e.g. 0.1")
-        require(self.link is None or self.link in LINKS, "link", self.link, f"choose one of {LINKS}")
+        check_link(self.link)
         assert self.feedback is None or self.feedback  # checks the decay
 
     @property

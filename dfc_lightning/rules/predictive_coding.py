@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.errors import require
-from dfc_lightning.losses.link import LINKS, Link
+from dfc_lightning.losses.link import Link
+from dfc_lightning.losses.linked_loss import LinkedLoss, check_link
 from dfc_lightning.network.learning_rule import Control, LearningRule, Update
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.settling.equilibrium import Equilibrium
@@ -34,17 +35,17 @@ class PredictiveCoding(LearningRule):
         inference: how the errors find their values: ``Equilibrium()``, or ``Descent(steps, rate)``.
         nudge: β > 0.
         centred: infer twice, with β and −β, and take the difference (Scellier et al. 2023).
-        link: the output's own nonlinearity g, at a loss of scale 1, :class:`LinkedLoss`; None to find both.
+        link: the output's own nonlinearity g, or the loss by it and its scale; None to have it found by the strategy.
     """
 
     inference: Inference = field(default_factory=Equilibrium)
     nudge: float = 1.0
     centred: bool = False
-    link: Link | None = None
+    link: Link | LinkedLoss | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.nudge < math.inf, "nudge", self.nudge, "give a finite nudge above zero, e.g. 1.0")
-        require(self.link is None or self.link in LINKS, "link", self.link, f"choose one of {LINKS}")
+        check_link(self.link)
 
     @property
     def control(self) -> Control:

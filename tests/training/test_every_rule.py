@@ -1,4 +1,4 @@
-"""Rules with layerwise feedback, and by labels alone, through the Trainer: they learn, ranks equal one, runs go on."""
+"""Every rule through the Trainer: it learns, ranks equal one, runs go on, and bfloat16 points the same way."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.fits import Innocent, clusters, differing, loader, quiet, saver
+from cases.fits import LEARNING, Innocent, clusters, differing, loader, quiet, saver
 from cases.interruptions import Interrupt, raise_at
 from cases.processes import Witnessed, fit, furthest, learned, trained_on_two
 from torch import nn
 
 from dfc_lightning import (
     DFC,
+    Backprop,
     ControlError,
+    ControlledNetwork,
     DFCStrategy,
     DirectRandomTargetProjection,
+    DualPropagation,
     FeedbackAlignment,
     FeedbackLearning,
     ForwardGradient,
     KolenPollack,
     LayeredDFC,
+    LeastControl,
+    LinkedLoss,
+    PredictiveCoding,
     SampledMirror,
     SignSymmetry,
     WeightMirror,
 )
 from dfc_lightning.feedback_learning import MIRRORED
+from dfc_lightning.settling import Descent
 
 NOISY = replace(WeightMirror.learning, initial_passes=1, max_batches=None)
 RULES: dict[str, dict[str, Any]] = {
@@ -42,6 +49,12 @@ RULES: dict[str, dict[str, Any]] = {
     "forward gradient": {"rule": ForwardGradient()},
     "target projection": {"rule": DirectRandomTargetProjection()},
     "layered DFC": {"rule": LayeredDFC()},
+    "least control": {"rule": LeastControl()},
+    "least control, Kolen-Pollack": {"rule": LeastControl("kolen_pollack")},
+    "least control, learned": {"rule": LeastControl("learned"), "feedback": LEARNING},
+    "predictive coding": {"rule": PredictiveCoding()},
+    "predictive coding, centred steps": {"rule": PredictiveCoding(Descent(4, 0.3), centred=True)},
+    "dual propagation": {"rule": DualPropagation()},
     "layered DFC, noisy start": {"rule": LayeredDFC(), "feedback": replace(MIRRORED, method=SampledMirror())},
 }
 
@@ -87,7 +100,7 @@ def test_a_run_resumes_bit_for_bit(case, tmp_path):
     with pytest.raises(Interrupt):
         fitted(case, 1, raise_at(passes + 7), callbacks=[saver(tmp_path)], enable_checkpointing=True)
     saved = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["dfc_lightning"]
-    tracks = name == "Kolen-Pollack" or name.startswith("layered")
+    tracks = "Kolen-Pollack" in name or name.startswith("layered")
     assert (saved["tracking"] is not None) == tracks
     assert not tracks or any(moments["exp_avg"].any() for moments in saved["tracking"][0]["state"].values())
     resumed = learned(*fitted(case, 1, ckpt_path=tmp_path / "interrupted.ckpt"))
@@ -104,6 +117,63 @@ def test_it_learns_what_it_has_not_seen(name):
         found = (module(held.tensors[0]).argmax(1) == held.tensors[1]).float().mean()
         untrained = (Innocent()(held.tensors[0]).argmax(1) == held.tensors[1]).float().mean()
     assert found > 0.85 and found > untrained + 0.2
+
+
+class Maps(Innocent):
+    """A convolution, batch statistics, pooling by maxima and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(
+                nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2),
+                nn.Flatten(), nn.Dropout(0.1), nn.Linear(24, 3),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_trains_convolutions_with_batch_statistics_and_dropout_in_mixed_precision(name):
+    module, held = Maps(), clusters(300, seed=1)
+    trainer = quiet(DFCStrategy(seed=1, **RULES[name]), max_epochs=7, precision="bf16-mixed")
+    trainer.fit(module, loader(clusters(240), 16))
+    module.eval()
+    with torch.no_grad():
+        found = (module(held.tensors[0]).argmax(1) == held.tensors[1]).float().mean()
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
+    assert found > 0.7  # chance is a third
+
+
+def updated(name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch teaches by a rule, the loss in that precision, and what it teaches by backprop."""
+    (x, y), found = clusters(64).tensors, []
+    for rule in (RULES[name]["rule"], Backprop()):
+        module = Maps().net
+        network = ControlledNetwork(module, seed=0)
+        network.loss = LinkedLoss("softmax")
+        torch.manual_seed(3)  # of dropout
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            with network.taught_by(rule) as lesson:
+                loss = F.cross_entropy(network(x), y)
+                lesson.watch(loss)
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    return found[0], found[1]
+
+
+def degrees(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.rad2deg(torch.acos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1))))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_update_under_autocast_points_where_it_would_without_and_is_not_backprops(name):
+    half, full = updated(name, torch.bfloat16), updated(name, None)
+    assert degrees(half[0], full[0]) < 2
+    assert degrees(*full) > (0.02 if name in NEARLY else 3)
+
+
+NEARLY = ("dual propagation", "predictive coding, centred steps")
+"""What departs from backprop to second order alone."""
 
 
 @pytest.mark.parametrize("damage", ["missing", "of another optimizer", "not finite"])
