@@ -64,7 +64,10 @@ FIELD = {
     "sign_symmetry": "sign symmetry (uSF)",
     "fa": "FA",
     "dfa": "DFA",
+    "least_control": "least control",
     "predictive_coding": "predictive coding",
+    "predictive_coding_centred": "predictive coding, centred",
+    "dual_propagation": "dual propagation",
 }
 """Its rules, in the order of its rows."""
 
