@@ -73,7 +73,7 @@ class Conditions:
             settled: the controlled network, where the rule has one.
         """
         metrics = self.metrics
-        if self.control.relative:
+        if self.control.relative and self.controller is not None:
             forward = forward.in_unit(self.control.target.offset(loss_grad))
         if "condition_1" in metrics:
             metrics["condition_1"].update(forward.presynaptic)
@@ -102,7 +102,7 @@ class Conditions:
 
 
 def _drives(forward: ForwardPass, settled: Settled) -> tuple[list[Tensor], list[Tensor]]:
-    """Q_i u and W_i r_{i−1} of the samples that have not diverged; W r of a normalisation lacks its shift."""
+    """a_i and W_i r_{i−1} of the samples that have not diverged; W r of a normalisation lacks its shift."""
     sound = settled.counted(drop_unconverged=False)
     basal = forward.basal_drive(settled.response)
-    return [a[sound] for a in forward.apical(settled.control)], [w[sound] for w in basal]
+    return [a[sound] for a in settled.response.driven], [w[sound] for w in basal]

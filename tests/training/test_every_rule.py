@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from cases.fits import LEARNING, Innocent, clusters, differing, loader, quiet, saver
 from cases.interruptions import Interrupt, raise_at
 from cases.processes import Witnessed, fit, furthest, learned, trained_on_two
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from dfc_lightning import (
@@ -35,6 +37,7 @@ from dfc_lightning import (
     SignSymmetry,
     WeightMirror,
 )
+from dfc_lightning.callbacks import AlignmentMonitor
 from dfc_lightning.feedback_learning import MIRRORED
 from dfc_lightning.settling import Descent
 
@@ -170,6 +173,31 @@ def test_an_update_under_autocast_points_where_it_would_without_and_is_not_backp
     half, full = updated(name, torch.bfloat16), updated(name, None)
     assert degrees(half[0], full[0]) < 2
     assert degrees(*full) > (0.02 if name in NEARLY else 3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_monitor_shows_how_far_it_is_from_backprop(name, tmp_path):
+    """By the angle that the two updates of the same batch make, made here by hand."""
+    angles: list[float] = []
+
+    class ByHand(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, _: Any) -> None:
+            taught = torch.cat([p.grad.flatten() for p in module.parameters()])
+            with torch.enable_grad():
+                loss = F.cross_entropy(module.net(batch[0]), batch[1])
+                slopes = torch.autograd.grad(loss, list(module.parameters()))
+            angles.append(degrees(taught, torch.cat([g.flatten() for g in slopes])))
+
+    batch, module = clusters(16).tensors, Innocent()
+    logger = CSVLogger(tmp_path)
+    quiet(
+        DFCStrategy(seed=1, **RULES[name]), logger=logger, callbacks=[ByHand(), AlignmentMonitor(1)], max_epochs=1,
+        log_every_n_steps=1,
+    ).fit(module, loader(clusters(16), 16))  # fmt: skip
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as lines:
+        found = [float(row[key]) for row in csv.DictReader(lines) if row.get(key := "alignment/backprop/total")]
+    assert found == pytest.approx(angles, abs=0.05)
 
 
 NEARLY = ("dual propagation", "predictive coding, centred steps")
