@@ -5,6 +5,7 @@ import dfc_lightning.interrupts  # before what takes long to import  # noqa: F40
 # isort: split
 from dfc_lightning.errors import ControlError
 from dfc_lightning.feedback_learning import (
+    DifferenceReconstruction,
     Expected,
     ExpectedMirror,
     FeedbackLearner,
@@ -21,6 +22,7 @@ from dfc_lightning.rules import (
     DFA,
     DFC,
     Backprop,
+    DifferenceTargetPropagation,
     Direct,
     DirectRandomTargetProjection,
     DualPropagation,
@@ -63,6 +65,8 @@ __all__ = [
     "DFCOptimizerLoop",
     "DFCStrategy",
     "Deviation",
+    "DifferenceReconstruction",
+    "DifferenceTargetPropagation",
     "Direct",
     "DirectRandomTargetProjection",
     "DualPropagation",

@@ -42,16 +42,17 @@ class Nonlinearity(ABC):
         wide = v.double()
         return (self(wide + d.double()) - self(wide)).to(v.dtype)
 
-    def secant(self, v: Tensor, e: Tensor, width: float) -> Tensor:
-        """[φ(v + β e) − φ(v − β e)] / 2β, φ'(v) e for small β, with the relative accuracy of ``e``.
+    def secant(self, v: Tensor, e: Tensor, reach: tuple[float, float]) -> Tensor:
+        """[φ(v + β⁺ e) − φ(v − β⁻ e)] / (β⁺ + β⁻), φ'(v) e for small β, with the relative accuracy of ``e``.
 
         Args:
             v: voltages.
             e: errors of the rates.
-            width: β.
+            reach: β⁻ and β⁺.
         """
-        below = v - width * e
-        return self.difference(below, self(below), 2 * width * e) / (2 * width)
+        width = sum(reach)
+        below = v - reach[0] * e
+        return self.difference(below, self(below), width * e) / width
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Frame:
         batch: B.
         dtype: of the values.
         layouts: where the samples lie in each.
-        half_width: β of finite differences, by which errors cross nonlinearities; None for derivatives.
+        reach: β⁻ and β⁺ of finite differences, by which errors cross nonlinearities; None for derivatives.
     """
 
     values: list[Tensor | None]
@@ -46,7 +46,7 @@ class Frame:
     dtype: torch.dtype
     layouts: Sequence[Layout]
     derived: dict[Any, Any] = field(default_factory=dict)
-    half_width: float | None = None
+    reach: tuple[float, float] | None = None
 
     def __getitem__(self, slot: int) -> Tensor:
         value = self.values[slot]

@@ -39,8 +39,8 @@ class Rate(Operation):
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         error = errors[0]
         assert error is not None
-        if frame.half_width is not None:
-            return [self.phi.secant(frame[self.inputs[0]], error, frame.half_width)]
+        if frame.reach is not None:
+            return [self.phi.secant(frame[self.inputs[0]], error, frame.reach)]
         return [frame.layouts[self.outputs[0]].weighed(error, self.slope(frame))]
 
     def slope(self, frame: Frame) -> Tensor:

@@ -254,16 +254,23 @@ class DensePass(ForwardPass[DenseDeviation]):
     def passed_on(self, index: int, heard: Tensor) -> Tensor:
         return heard @ self.weights[index].T
 
+    def one_forth(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.zeros_like(self.x), *(d * c for d, c in zip(self.slopes[:-1], changes))]
+
+    def one_back(self, errors: Sequence[Tensor], through: Sequence[Tensor]) -> list[Tensor]:
+        arriving = [e @ w for e, w in zip(errors[1:], through[1:])]
+        return [*(d * a for d, a in zip(self.slopes, arriving)), torch.zeros_like(self.v[-1])]
+
     def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
         return signal.T @ heard
 
     def _crossing(self, at: DenseDeviation | None) -> Callable[[int, Tensor], Tensor]:
         """What an error of a layer's rates is for its voltages."""
-        if (width := self.half_width) is None:
+        if (reach := self.reach) is None:
             slopes = self._slopes_at(at)
             return lambda i, error: error * slopes[i]
         voltages = self._voltages_at(at)
-        return lambda i, error: self.nonlinearities[i].secant(voltages[i], error, width)
+        return lambda i, error: self.nonlinearities[i].secant(voltages[i], error, reach)
 
     def _slopes_at(self, at: DenseDeviation | None) -> list[Tensor]:
         if at is None:

@@ -100,8 +100,8 @@ class ForwardPass(ABC, Generic[D]):
     """What a rule draws at random for this batch."""
     loss: LinkedLoss | None = None
     """What the loss was found to be, where a rule asks for it; see :meth:`label`."""
-    half_width: float | None = None
-    """β, where errors cross nonlinearities by [φ(v + β e) − φ(v − β e)] / 2β; None for φ'(v) e."""
+    reach: tuple[float, float] | None = None
+    """β⁻, β⁺, where errors cross nonlinearities by [φ(v + β⁺ e) − φ(v − β⁻ e)] / (β⁺ + β⁻); None for φ'(v) e."""
     _held_jacobians: Callable[[], list[Tensor]] | None = None
 
     # What was fed forward
@@ -205,9 +205,9 @@ class ForwardPass(ABC, Generic[D]):
         """The same pass with what its loss is known to be."""
         return self._copy(loss=loss)
 
-    def widened(self, half_width: float) -> Self:
-        """The same pass, whose errors cross nonlinearities by finite differences, β to either side."""
-        return self._copy(half_width=half_width)
+    def widened(self, below: float, above: float | None = None) -> Self:
+        """The same pass, whose errors cross nonlinearities by finite differences, β⁻ against and β⁺ = β⁻ along them."""
+        return self._copy(reach=(below, below if above is None else above))
 
     def in_unit(self, offset: Tensor) -> Self:
         """The same pass with feedback divided by the size of JQ along δ_L = ``offset``, (B, n_L), in each sample."""
@@ -349,6 +349,24 @@ class ForwardPass(ABC, Generic[D]):
     @abstractmethod
     def passed_on(self, index: int, heard: Tensor) -> Tensor:
         """W_i r, what the weight of one point makes of r in the shape of its presynaptic rates; (B, …)."""
+
+    @abstractmethod
+    def one_forth(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        """What each layer hears of changes of the points' voltages, to first order, no change going through a point.
+
+        Args:
+            changes: one (B, …) a point, in the shape of its voltage; the answer is in the shape of what layers hear.
+        """
+
+    @abstractmethod
+    def one_back(self, errors: Sequence[Tensor], through: Sequence[Tensor]) -> list[Tensor]:
+        """The transpose of :meth:`one_forth` of what B_iᵀ makes of the errors of the layers, one layer back.
+
+        Args:
+            errors: one (B, …) a point, in the shape of what :meth:`passed_on` gives; of layers without a weight and of
+                those that hear no other point they are not looked at.
+            through: B_i, in the shape of W_i.
+        """
 
     @abstractmethod
     def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:

@@ -240,6 +240,35 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
         assert found is not None
         return layouts[layer.outputs[0]].first(found)
 
+    def one_forth(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        moved = self.run(lambda i, basal: changes[i], linear=True)
+        heard = [slot_first(self.frame.layouts, s.heard, moved[s.heard]) for s in self.record.segments]
+        return [torch.zeros_like(r) if h is None else h for h, r in zip(heard, self.presynaptic)]
+
+    def one_back(self, errors: Sequence[Tensor], through: Sequence[Tensor]) -> list[Tensor]:
+        frame, record = self.frame, self.record
+        starts = {
+            id(s.layer): (s.layer, w, frame.layouts[s.layer.outputs[0]].back(e))
+            for s, w, e, hears in zip(record.segments, through, errors, self.hears)
+            if hears and s.layer is not None
+        }
+        found: list[Tensor | None] = [None] * len(frame.values)
+        for each in reversed(record.program):
+            given = [found[s] for s in each.outputs]
+            if id(each) in starts:
+                layer, weight, error = starts[id(each)]
+                shares = layer.pulled_through(weight, frame, [error])
+            elif isinstance(each, Passage) or all(e is None for e in given):
+                continue
+            else:
+                shares = each.pulled(frame, given)
+            for slot, share in zip(each.inputs, shares):
+                if share is not None and slot in record.moving:
+                    before = found[slot]
+                    found[slot] = share if before is None else before + share
+        arrived = [slot_first(frame.layouts, p.target, found[p.target]) for p in self.passages]
+        return [torch.zeros_like(v) if a is None else a for a, v in zip(arrived, self.v)]
+
     def correlation(self, index: int, signal: Tensor, heard: Tensor) -> Tensor:
         layer, layouts = self.record.segments[index].layer, self.frame.layouts
         assert layer is not None
@@ -257,7 +286,7 @@ class RecordedPass(ForwardPass[RecordedDeviation]):
 
     def _frame_at(self, at: RecordedDeviation | None) -> Frame:
         frame = self.frame if at is None else self.frame.moved_by(at.moved)
-        return frame if self.half_width is None else replace(frame, half_width=self.half_width)
+        return frame if self.reach is None else replace(frame, reach=self.reach)
 
     def _pulled(
         self,

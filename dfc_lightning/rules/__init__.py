@@ -4,6 +4,7 @@ from dfc_lightning.network.learning_rule import Control, Direct, Layerwise, Lear
 from dfc_lightning.rules.backprop import Backprop
 from dfc_lightning.rules.dfa import DFA
 from dfc_lightning.rules.dfc import DFC
+from dfc_lightning.rules.difference_target_propagation import DifferenceTargetPropagation
 from dfc_lightning.rules.dual_propagation import DualPropagation
 from dfc_lightning.rules.feedback_alignment import FeedbackAlignment
 from dfc_lightning.rules.forward_gradient import ForwardGradient
@@ -22,6 +23,7 @@ __all__ = [
     "DFC",
     "Backprop",
     "Control",
+    "DifferenceTargetPropagation",
     "Direct",
     "DirectRandomTargetProjection",
     "DualPropagation",

@@ -23,6 +23,7 @@ from dfc_lightning import (
     ControlError,
     ControlledNetwork,
     DFCStrategy,
+    DifferenceTargetPropagation,
     DirectRandomTargetProjection,
     DualPropagation,
     FeedbackAlignment,
@@ -49,6 +50,10 @@ RULES: dict[str, dict[str, Any]] = {
     "signs drawn once": {"rule": SignSymmetry("fixed_random")},
     "Kolen-Pollack": {"rule": KolenPollack()},
     "weight mirror": {"rule": WeightMirror(), "feedback": NOISY},
+    "difference targets": {
+        "rule": DifferenceTargetPropagation(),
+        "feedback": replace(DifferenceTargetPropagation.learning, max_batches=None),
+    },
     "forward gradient": {"rule": ForwardGradient()},
     "target projection": {"rule": DirectRandomTargetProjection()},
     "layered DFC": {"rule": LayeredDFC()},
