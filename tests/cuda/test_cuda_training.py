@@ -27,6 +27,7 @@ from dfc_lightning import (
     ControlledNetwork,
     DFCDDPStrategy,
     DFCStrategy,
+    DifferenceTargetPropagation,
     Expected,
     FeedbackAlignment,
     FeedbackLearning,
@@ -56,6 +57,7 @@ FITS: dict[str, dict[str, Any]] = {
     "FA": dict(rule=FeedbackAlignment()),
     "Kolen-Pollack": dict(rule=KolenPollack()),
     "weight mirror": dict(rule=WeightMirror()),
+    "difference targets": dict(rule=DifferenceTargetPropagation()),
     "signs": dict(rule=SignSymmetry("batch_random")),
     "forward gradient": dict(rule=ForwardGradient()),
 }

@@ -32,7 +32,12 @@ from dfc_lightning import (
     WeightMirror,
 )
 from dfc_lightning.models import VGG5, LeNet, ResNet
-from dfc_lightning.rules import DirectRandomTargetProjection, StrongDFC, TwoPhaseStrongDFC
+from dfc_lightning.rules import (
+    DifferenceTargetPropagation,
+    DirectRandomTargetProjection,
+    StrongDFC,
+    TwoPhaseStrongDFC,
+)
 from dfc_lightning.settling import Euler, Linearized, SteadyState, Trajectory
 
 pytestmark = pytest.mark.cuda
@@ -56,6 +61,7 @@ RULES: dict[str, LearningRule] = {
     "weight mirror": WeightMirror(),
     "signs": SignSymmetry(),
     "signs, new draws": SignSymmetry("batch_random"),
+    "difference targets": DifferenceTargetPropagation(),
     "DRTP": DirectRandomTargetProjection("softmax"),
     "forward gradient": ForwardGradient(),
     "Strong-DFC": StrongDFC(link="softmax"),

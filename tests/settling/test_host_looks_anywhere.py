@@ -19,6 +19,8 @@ from dfc_lightning import (
     DFC,
     Backprop,
     ControlledNetwork,
+    DifferenceReconstruction,
+    DifferenceTargetPropagation,
     Expected,
     FeedbackAlignment,
     KolenPollack,
@@ -79,13 +81,26 @@ def looks(monkeypatch: pytest.MonkeyPatch, net: str, rule: LearningRule, method:
     return counter.count
 
 
-RULES = [Backprop(), DFA(), FeedbackAlignment(), KolenPollack(), SignSymmetry(), WeightMirror()]
+RULES = [
+    Backprop(),
+    DFA(),
+    FeedbackAlignment(),
+    KolenPollack(),
+    SignSymmetry(),
+    WeightMirror(),
+    DifferenceTargetPropagation(),
+]
 
 
 @NETS
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_a_rule_without_dynamics_never_looks(rule, net, monkeypatch):
     assert looks(monkeypatch, net, rule) == 0
+
+
+@NETS
+def test_learning_by_reconstruction_never_looks(net, monkeypatch):
+    assert looks(monkeypatch, net, DifferenceTargetPropagation(), DifferenceReconstruction()) == 0
 
 
 @NETS
