@@ -34,9 +34,12 @@ class LeastControl(LearningRule):
     For α → 0 the sum of ‖ψ_i‖² is the smallest that reaches the label; for α → ∞ this is backprop. In between it is the
     gradient of ½ Σ ‖ψ_i‖² + ℓ(r_L(ψ)) / α at its stationary point.
 
+    Control this strong needs feedback that follows the network: through random B_i, as Kolen-Pollack learning begins,
+    J K has no sign, and what reaches the label drives the layers anywhere.
+
     Args:
         through: how u comes back: ``"weights"``, through W_i itself (exact); ``"kolen_pollack"``, through B_i that take
-            W_i's steps; ``"learned"``, straight from the output by Q_i that learn in a phase of their own.
+            W_i's steps, after a mirror phase; ``"learned"``, straight from the output by Q_i that learn in a phase of their own.
         alpha: α > 0.
         relative: give α in units of the size of J Jᵀ along the error in each sample, and let what is driven teach by as
             much, over all voltages of a sample, as the error pulled back feedforward; what α → ∞ would teach. Without,
@@ -64,7 +67,7 @@ class LeastControl(LearningRule):
         """What ``through`` asks for."""
         return {
             "weights": None,
-            "kolen_pollack": Layerwise(tracking=self.decay),
+            "kolen_pollack": Layerwise(learned=True, tracking=self.decay),
             "learned": Direct(learned=True),
         }[self.through]
 
