@@ -34,7 +34,9 @@ from dfc_lightning import (
     ForwardGradient,
     KolenPollack,
     LayeredDFC,
+    LeastControl,
     MinimumNorm,
+    PredictiveCoding,
     Sampled,
     SignSymmetry,
     WeightMirror,
@@ -58,6 +60,8 @@ FITS: dict[str, dict[str, Any]] = {
     "Kolen-Pollack": dict(rule=KolenPollack()),
     "weight mirror": dict(rule=WeightMirror()),
     "difference targets": dict(rule=DifferenceTargetPropagation()),
+    "least control": dict(rule=LeastControl()),
+    "predictive coding": dict(rule=PredictiveCoding()),
     "signs": dict(rule=SignSymmetry("batch_random")),
     "forward gradient": dict(rule=ForwardGradient()),
 }

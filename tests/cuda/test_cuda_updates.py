@@ -35,10 +35,13 @@ from dfc_lightning.models import VGG5, LeNet, ResNet
 from dfc_lightning.rules import (
     DifferenceTargetPropagation,
     DirectRandomTargetProjection,
+    DualPropagation,
+    LeastControl,
+    PredictiveCoding,
     StrongDFC,
     TwoPhaseStrongDFC,
 )
-from dfc_lightning.settling import Euler, Linearized, SteadyState, Trajectory
+from dfc_lightning.settling import Descent, Equilibrium, Euler, Linearized, SteadyState, Trajectory
 
 pytestmark = pytest.mark.cuda
 
@@ -62,6 +65,10 @@ RULES: dict[str, LearningRule] = {
     "signs": SignSymmetry(),
     "signs, new draws": SignSymmetry("batch_random"),
     "difference targets": DifferenceTargetPropagation(),
+    "least control": LeastControl(equilibrium=Equilibrium(1e-11, 200), link="softmax"),
+    "predictive coding": PredictiveCoding(Equilibrium(1e-11, 200), link="softmax"),
+    "predictive coding, steps": PredictiveCoding(Descent(5, 0.2), centred=True, link="softmax"),
+    "dual propagation": DualPropagation(),
     "DRTP": DirectRandomTargetProjection("softmax"),
     "forward gradient": ForwardGradient(),
     "Strong-DFC": StrongDFC(link="softmax"),

@@ -21,6 +21,7 @@ from dfc_lightning import (
     ControlledNetwork,
     DifferenceReconstruction,
     DifferenceTargetPropagation,
+    DualPropagation,
     Expected,
     FeedbackAlignment,
     KolenPollack,
@@ -89,6 +90,7 @@ RULES = [
     SignSymmetry(),
     WeightMirror(),
     DifferenceTargetPropagation(),
+    DualPropagation(),
 ]
 
 
