@@ -39,7 +39,7 @@ class LeastControl(LearningRule):
 
     Args:
         through: how u comes back: ``"weights"``, through W_i itself (exact); ``"kolen_pollack"``, through B_i that take
-            W_i's steps, after a mirror phase; ``"learned"``, straight from the output by Q_i that learn in a phase of their own.
+            W_i's steps, after a mirror phase; ``"learned"``, straight from the output by Q_i, learned in phases.
         alpha: α > 0.
         relative: give α in units of the size of J Jᵀ along the error in each sample, and let what is driven teach by as
             much, over all voltages of a sample, as the error pulled back feedforward; what α → ∞ would teach. Without,
