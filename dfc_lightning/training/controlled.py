@@ -26,6 +26,7 @@ from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
+from dfc_lightning.training.control_summary import ControlSummary, with_summary
 from dfc_lightning.training.in_step import InStep
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
@@ -129,6 +130,7 @@ class ControlledTraining(InStep):
         self.lesson: Lesson | None = None
         self._batch_idx = 0
         self._known = False  # whether a batch has been run, by which the network is known
+        self._shown = False  # whether its summary has been
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
@@ -160,6 +162,14 @@ class ControlledTraining(InStep):
         if self.network is not None:
             self.network.loss = None  # it may be another than the last time
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
+        with_summary(trainer)
+        self._shown = False
+
+    def __repr__(self) -> str:
+        told = [f"rule={self.rule}", f"learning={self.learning}"]
+        told += [] if self.network_name is None else [f"network={self.network_name!r}"]
+        told += [] if self.network is None else [repr(self.network)]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def _check(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
@@ -257,6 +267,8 @@ class ControlledTraining(InStep):
             lesson.watch(loss)
             self._loss = loss.detach()
         self.lesson, self._known = lesson, True
+        if lesson.forward is not None:
+            self._show(lesson.forward)
         return output
 
     @override
@@ -264,6 +276,16 @@ class ControlledTraining(InStep):
         super().post_backward(closure_loss)
         if self.lesson is not None and not self.lesson.taught:
             raise deaf_loss()
+
+    def _show(self, forward: ForwardPass) -> None:
+        """Tell of the control points, by the first pass."""
+        if self._shown:
+            return
+        assert self._trainer is not None and self.network is not None
+        self._shown = True
+        for each in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(each, ControlSummary):
+                each.show(self, self.network, forward)
 
     # Feedback learning
 
@@ -336,6 +358,7 @@ class ControlledTraining(InStep):
             return {}
         if self._empty(forward):
             return {}
+        self._show(forward)
         with torch.no_grad():
             return learner.step(forward, initial, loss_grad)  # outside the context: no autocast in the simulation
 
