@@ -109,7 +109,7 @@ class Lesson:
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
             self.update = self._complete(self.rule.teach(forward, self.loss_grad))
             if self.weighs:
-                backprop = forward.gradients(forward.pull(self.loss_grad))
+                backprop = forward.gradients(forward.pull(self.loss_grad, live=True))
                 self.sizes = _sizes(self.update.gradients), _sizes(backprop)
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
