@@ -6,5 +6,14 @@ from dfc_lightning.callbacks.layer_clipping import LayerClipping
 from dfc_lightning.callbacks.settling_monitor import SettlingMonitor
 from dfc_lightning.callbacks.threads import ChooseThreads
 from dfc_lightning.callbacks.wandb_tracking import WandbTracking
+from dfc_lightning.training.control_summary import ControlSummary
 
-__all__ = ["AlignmentMonitor", "ChooseThreads", "FeedbackMonitor", "LayerClipping", "SettlingMonitor", "WandbTracking"]
+__all__ = [
+    "AlignmentMonitor",
+    "ChooseThreads",
+    "ControlSummary",
+    "FeedbackMonitor",
+    "LayerClipping",
+    "SettlingMonitor",
+    "WandbTracking",
+]

@@ -154,7 +154,7 @@ class FeedbackLearner:
             What :meth:`descend` does.
         """
         with full_precision(forward.output.device):
-            gradients, shares = self._gradients(self.network.bound(forward), loss_grad)
+            gradients, shares = self.gradients(self.network.bound(forward), loss_grad)
         return self.descend(gradients, initial, shares)
 
     def descend(
@@ -214,8 +214,15 @@ class FeedbackLearner:
                             "The optimizer state has the shape {} for a feedback weight of {}.".format(*shapes)
                         )
 
-    def _gradients(self, forward: ForwardPass, loss_grad: Tensor | None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """This process's gradients and, of a gated method, the shares of the samples that they are sums over."""
+    def gradients(
+        self, forward: ForwardPass, loss_grad: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """This process's gradients and, of a gated method, the shares of the samples that they are sums over.
+
+        Args:
+            forward: a pass, bound to the feedback weights.
+            loss_grad: see :meth:`step`.
+        """
         method, world_size, weight = self.learning.method, self.ranks.world_size, 1.0
         size, noise = forward.batch_size, self._noise(forward.output)
         every = max(self.learning.every_nth_sample, method.every_nth_sample(forward))

@@ -16,6 +16,7 @@ from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.network.learning_rule import Direct, Layerwise, LearningRule
 from dfc_lightning.network.ports import CONV_FEEDBACK, ConvFeedback, port_layout, ports_of
+from dfc_lightning.network.summary import PointSummary, summarised, times
 from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.chance import Chance
 from dfc_lightning.passes.dense import DensePass, Layers
@@ -32,6 +33,9 @@ from dfc_lightning.recording.recorder import Recorder, Recording
 from dfc_lightning.recording.structure import Structure
 
 AtOutput = Callable[[ForwardPass, Tensor], Tensor]
+
+LISTED_UP_TO = 40
+"""Control points that are told one by one."""
 
 
 class ControlledNetwork:
@@ -98,6 +102,21 @@ class ControlledNetwork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass."""
         return self.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        rows = self.summary()
+        lines = [f"{type(self).__name__}({type(self.module).__name__}: {len(rows)} control points"]
+        for row in rows if len(rows) <= LISTED_UP_TO else ():
+            voltage = f", voltage {times(row.voltage)}" if row.voltage else ""
+            feedback = f", feedback {row.feedback} {times(row.shape)}" if row.shape else ""
+            lines.append(f"  {row.name}: {row.type}{voltage}, {row.parameters:,} parameters{feedback}")
+        weights = sum(row.feedback_weights for row in rows)
+        lines.append(f"  {weights:,} feedback weights" if self.feedback else "  feedback weights not made yet")
+        return "\n".join(lines) + ")"
+
+    def summary(self) -> list[PointSummary]:
+        """What is known of each control point; voltages once a pass is seen, feedback weights once they are made."""
+        return summarised(self.points, self.structure, self.weights.kind, self.feedback)
 
     @property
     def feedback(self) -> list[nn.Parameter]:

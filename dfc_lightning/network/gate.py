@@ -42,6 +42,10 @@ class Lesson:
         """∂ℓ_b/∂r_L of each sample's own loss, (B, n_L), once a backward pass has reached it."""
         self.update: Update | None = None
         """What the rule made of it; the gradients in it have been given away."""
+        self.weighs = False
+        """Whether to note ``sizes``, for a pull of errors more."""
+        self.sizes: tuple[Tensor, Tensor] | None = None
+        """The norms of what each point is taught, and of what backprop would teach it, (L,) each."""
         self._points: Sequence[ControlPoint] = ()
         self._scale: Tensor | None = None
         self._versions: list[int] = []
@@ -104,6 +108,9 @@ class Lesson:
         with torch.no_grad(), full_precision(grad.device):
             self.loss_grad = torch.nan_to_num(grad * (share / scale), 0.0, 0.0, 0.0)
             self.update = self._complete(self.rule.teach(forward, self.loss_grad))
+            if self.weighs:
+                backprop = forward.gradients(forward.pull(self.loss_grad, live=True))
+                self.sizes = _sizes(self.update.gradients), _sizes(backprop)
             # An overflow under AMP must still be seen by the GradScaler: then this factor is NaN.
             factor = scale * (samples / share) + 0 * grad.sum()
             return [
@@ -129,6 +136,11 @@ class Lesson:
                 f"parameters have {needed}. Return what forward.gradients(signals) gives, with one signal a point."
             )
         return taught
+
+
+def _sizes(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The norm of each point's, (L,)."""
+    return torch.stack([torch.stack([torch.linalg.vector_norm(g) for g in point]).norm() for point in gradients])
 
 
 class _Gate(torch.autograd.Function):

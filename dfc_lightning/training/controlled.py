@@ -26,6 +26,8 @@ from dfc_lightning.network.unseen import unseen
 from dfc_lightning.passes.forward_pass import ForwardPass
 from dfc_lightning.rules.layered_dfc import LayeredDFC
 from dfc_lightning.training.checkpoint_io import WholeCheckpointIO
+from dfc_lightning.training.control_summary import ControlSummary, with_summary
+from dfc_lightning.training.health import alignment, heeds_size
 from dfc_lightning.training.in_step import InStep
 from dfc_lightning.training.logs import log, logs_at, settling_metrics
 from dfc_lightning.training.loop import (
@@ -90,7 +92,8 @@ class ControlledTraining(InStep):
             conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
             extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
             watch: what to do when learning fails, by samples that do not settle, feedback that does not follow the
-                network, or a loss that rises: ``"warn"`` once a run of each, ``"stop"`` with an error, or ``"off"``.
+                network, updates of another size than backprop's, or a loss that rises: ``"warn"`` once a run of each,
+                ``"stop"`` with an error, or ``"off"``.
             **kwargs: for the strategy it is mixed with.
         """
         if kwargs.get("checkpoint_io") is None:
@@ -129,6 +132,7 @@ class ControlledTraining(InStep):
         self.lesson: Lesson | None = None
         self._batch_idx = 0
         self._known = False  # whether a batch has been run, by which the network is known
+        self._shown = False  # whether its summary has been
         Lesson(self.rule, loss_reduction)  # checks the reduction before anything starts
 
     # Setting up
@@ -160,6 +164,14 @@ class ControlledTraining(InStep):
         if self.network is not None:
             self.network.loss = None  # it may be another than the last time
         DFCOptimizerLoop(trainer, self._before_batch, self._after_batch).install()
+        with_summary(trainer)
+        self._shown = False
+
+    def __repr__(self) -> str:
+        told = [f"rule={self.rule}", f"learning={self.learning}"]
+        told += [] if self.network_name is None else [f"network={self.network_name!r}"]
+        told += [] if self.network is None else [repr(self.network)]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def _check(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
@@ -245,6 +257,8 @@ class ControlledTraining(InStep):
         self.network.lessons = (self._trainer.current_epoch << 32) + self._batch_idx  # also where a run goes on
         try:
             with self.network.taught_by(self.rule, self.loss_reduction) as lesson:
+                looks = self._watching is not None and self._watching.looks_next
+                lesson.weighs = looks and heeds_size(self.optimizers)
                 output = super().training_step(*args, **kwargs)
                 if output is None:
                     raise BatchSkipped
@@ -257,6 +271,8 @@ class ControlledTraining(InStep):
             lesson.watch(loss)
             self._loss = loss.detach()
         self.lesson, self._known = lesson, True
+        if lesson.forward is not None:
+            self._show(lesson.forward)
         return output
 
     @override
@@ -264,6 +280,16 @@ class ControlledTraining(InStep):
         super().post_backward(closure_loss)
         if self.lesson is not None and not self.lesson.taught:
             raise deaf_loss()
+
+    def _show(self, forward: ForwardPass) -> None:
+        """Tell of the control points, by the first pass."""
+        if self._shown:
+            return
+        assert self._trainer is not None and self.network is not None
+        self._shown = True
+        for each in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(each, ControlSummary):
+                each.show(self, self.network, forward)
 
     # Feedback learning
 
@@ -285,7 +311,8 @@ class ControlledTraining(InStep):
     def _after_batch(self, batch_idx: int) -> None:
         assert self._trainer is not None and self.network is not None
         if self._watching is not None and self.lesson is not None and self.lesson.taught:
-            self._watching.step(self.lesson, self._loss, self.network.feedback)
+            follows = self._follows(self.lesson) if self._watching.looks_next else None
+            self._watching.step(self.lesson, self._loss, self.network.feedback, follows)
         settled = self.lesson.settled if self.lesson is not None else None
         if settled is not None and logs_at(self._trainer, self._trainer.fit_loop.total_batch_idx):
             log(self._trainer, settling_metrics(settled, self.reduce), self._trainer.global_step)
@@ -299,6 +326,15 @@ class ControlledTraining(InStep):
                 return
             with torch.no_grad():  # the weights have moved: a fresh pass of the same batch
                 self._log_feedback(self.learner.step(self.lesson.forward.again()))
+
+    def _follows(self, lesson: Lesson) -> Tensor | None:
+        """How well feedback weights follow the network that have learned to, or are learning to."""
+        learns = self.learning is not None and self.learning.has_steps  # tracking alone starts from anywhere
+        assert lesson.forward is not None
+        if not learns or lesson.forward.batch_size == 0:
+            return None
+        with torch.no_grad(), torch.autocast(lesson.forward.output.device.type, enabled=False):
+            return alignment(lesson.forward)
 
     def _descending(self) -> FeedbackLearner:
         """What gives the feedback weights the updates that the rule has for them."""
@@ -336,6 +372,7 @@ class ControlledTraining(InStep):
             return {}
         if self._empty(forward):
             return {}
+        self._show(forward)
         with torch.no_grad():
             return learner.step(forward, initial, loss_grad)  # outside the context: no autocast in the simulation
 

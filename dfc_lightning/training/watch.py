@@ -35,6 +35,12 @@ REVERSED = 0.25
 OVERDRIVEN = 10.0
 """‖Q_L u‖ / ‖δ_L‖, the output layer's teaching signal by what its own error is; up to 1 with ideal feedback."""
 
+LAGGING = 0.2
+"""How well learned feedback follows the network, from 0 to 1; see :func:`alignment`."""
+
+SIZE = 10.0
+"""‖update‖ / ‖backprop's‖, or the reverse."""
+
 FEEDBACK_GROWTH = 100.0
 """‖Q‖ by what it was at the first look."""
 
@@ -60,13 +66,21 @@ class LearningWatch:
     _lowest: float = torch.inf
     _steps: int = 0
 
-    def step(self, lesson: Lesson, loss: Tensor | None, feedback: Sequence[Tensor]) -> None:
+    @property
+    def looks_next(self) -> bool:
+        """Whether the next step is one to look at."""
+        return (self._steps + 1) % EVERY == 0
+
+    def step(
+        self, lesson: Lesson, loss: Tensor | None, feedback: Sequence[Tensor], follows: Tensor | None = None
+    ) -> None:
         """Take note of a training step.
 
         Args:
             lesson: the step's lesson.
             loss: its loss.
             feedback: the feedback weights.
+            follows: how well they follow the network, if that is looked at and they are to.
 
         Raises:
             ControlError: learning fails and ``stop`` is set.
@@ -80,6 +94,11 @@ class LearningWatch:
             measured = {**_of_settling(lesson), **self._of_loss()}
             if len(feedback):
                 measured["feedback"] = torch.stack([q.detach().double().norm() for q in feedback]).norm()
+            if follows is not None:
+                measured["follows"] = follows
+            if lesson.sizes is not None:
+                ours, backprops = (each.double().norm() for each in lesson.sizes)
+                measured["size"] = ours / backprops.clamp_min(1e-30)
             if not measured:
                 return
             values = torch.stack([v.double() for v in measured.values()])
@@ -101,6 +120,12 @@ class LearningWatch:
                 self._note(name, found[name] > limit, found[name])
         if "drive" in found:
             self._note("drive", not found["drive"] <= OVERDRIVEN, found["drive"])
+        if "follows" in found:
+            self._note("follows", not found["follows"] >= LAGGING, found["follows"])
+        if "size" in found:
+            size = found["size"]
+            self._note("large", not size <= SIZE, size)
+            self._note("small", size < 1 / SIZE, 1 / max(size, 1e-30))
         if "feedback" in found:
             growth = found["feedback"] / max(self._first["feedback"], 1e-30)
             self._note("feedback", not growth <= FEEDBACK_GROWTH, growth)
@@ -146,6 +171,7 @@ _FEEDBACK = (
     "passes to learn in (FeedbackLearning(initial_passes=…, passes_per_epoch=…)), or train by MinimumNorm(), which "
     f"needs no feedback weights. {_WHERE}"
 )
+_RELATIVE = f"DFC(relative=True) has updates of backprop's size. {_WHERE}"
 _SENTENCES = {
     "unsettled": (
         "{:.0%} of the samples do not settle: under control the output stays far from its target, as the feedback "
@@ -164,6 +190,19 @@ _SENTENCES = {
     "drive": (
         "The update is {:.3g} times as large as the output's own error makes it with ideal feedback: JQ is nearly "
         "singular, and its inverse amplifies what the feedback weights do not reach. " + _FEEDBACK
+    ),
+    "follows": (
+        "The feedback lags behind the network: it follows by {:.2g}, of 1 (the cosine of B and W; of Q, what it has of "
+        "the row space of J beyond chance, Condition 2). The weights move faster than the feedback learns, or it has "
+        "had too few steps. " + _FEEDBACK
+    ),
+    "large": (
+        "The update is {:.3g} times as large as backprop's, and so is a step of this optimizer: a learning rate that "
+        "suits backprop is too high. Divide it by that, or take Adam, which does not heed it. " + _RELATIVE
+    ),
+    "small": (
+        "The update is {:.3g} times smaller than backprop's, and so is a step of this optimizer: a learning rate that "
+        "suits backprop is too low. Multiply it by that, or take Adam, which does not heed it. " + _RELATIVE
     ),
     "feedback": (
         "The feedback weights have grown {:.3g}-fold since the run began: their learning has no hold. Give "
