@@ -20,8 +20,9 @@ COMMANDS: dict[str, str] = {
     "reproduce": "run what is missing of the published table",
     "report": "our results beside the published table",
     "doctor": "what is installed and found here, and what to do about what is missing",
+    "completion": "a script by which bash or zsh completes these, and the names of recipes",
 }
 """Each command's name, also that of its module here, and a line on what it does."""
 
-WITHOUT_PARSER = ("list", "plot", "report", "doctor")
+WITHOUT_PARSER = ("list", "plot", "report", "doctor", "completion")
 """Commands that do without jsonargparse."""

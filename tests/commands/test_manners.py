@@ -1,6 +1,7 @@
 """What the command says to somebody who does not know it: what there is, what was meant, what is missing."""
 
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -172,6 +173,26 @@ def test_the_wheel_has_recipes_and_results_where_they_are_looked_for():
     for source, target in wheel["force-include"].items():
         assert (ROOT / source).exists()
         assert (package.parent / target).relative_to(package).parts[0] in ("recipes", "results")
+
+
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("dfc co", {"compare", "completion"}),
+        ("dfc fit --recipe digits/d", {"digits/dfa", "digits/dfc"}),
+        ("dfc fit --rec", {"--recipe"}),
+        ("dfc doctor --rec", set()),
+    ],
+)
+def test_bash_completes_commands_recipes_and_options(capsys, line, completed):
+    cli.main(["completion", "bash"])
+    words = " ".join(f"'{word}'" for word in line.split())
+    asked = f"COMP_WORDS=({words}); COMP_CWORD={len(line.split()) - 1}; _dfc; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    said = subprocess.run(["bash", "-c", capsys.readouterr().out + asked], capture_output=True, text=True, check=True)
+    assert set(said.stdout.split()) == completed and not said.stderr
 
 
 # What is found here
