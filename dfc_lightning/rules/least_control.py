@@ -82,10 +82,12 @@ class LeastControl(LearningRule):
         settled, drive = self.equilibrium.find(feedback, self.alpha, self.relative)
         counted = settled.counted(drop_unconverged=False)
         response = settled.response_of(counted)
-        signals, sizes = list(response.driven), torch.ones_like(drive)
-        if self.relative:
-            sizes = relative_size(drive, response.driven)
-        if forward.batched and self.through != "learned":  # as backprop does: see LayeredDFC
-            control = torch.where(counted.unsqueeze(1), settled.control, 0.0)
+        sizes = relative_size(drive, response.driven) if self.relative else torch.ones_like(drive)
+        if (
+            forward.batched and self.through != "learned"
+        ):  # as backprop does, see LayeredDFC: samples are in it together
+            control = torch.where(counted.unsqueeze(1), settled.control * sizes, 0.0)
             signals = feedback.pulled(control, response, live=True)
-        return Update(forward.gradients(scaled(signals, sizes), forward.heard(response), scale=-1.0), settled=settled)
+        else:
+            signals = scaled(response.driven, sizes)
+        return Update(forward.gradients(signals, forward.heard(response), scale=-1.0), settled=settled)

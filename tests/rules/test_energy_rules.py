@@ -230,6 +230,41 @@ def test_steps_of_inference_are_gradient_steps_on_the_energy(name, steps, rate):
 # The limits
 
 
+class Normalised(nn.Module):
+    """Convolutions with batch statistics and a shortcut."""
+
+    shape = (2, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.n1 = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.c2, self.n2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.n1(self.c1(x)))
+        return self.a(torch.tanh(h + self.n2(self.c2(h))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        LeastControl(alpha=1e9, link="softmax"),
+        LeastControl(alpha=1e9, relative=False, link="softmax"),
+        PredictiveCoding(EXACT, nudge=1e-8, link="softmax"),
+        PredictiveCoding(Descent(3, 0.2), nudge=1e-8, link="softmax"),
+    ],
+    ids=["least control", "as published", "predictive coding", "by steps"],
+)
+def test_batch_statistics_follow_their_batch_in_what_is_taught(rule):
+    torch.manual_seed(0)
+    module, y = Normalised().double(), torch.arange(6) % 3
+    x = torch.randn(6, 1, 1, 1, dtype=torch.float64).exp() * torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    found, _ = taught(ControlledNetwork(module), rule, x, y, cross_entropy)
+    factor = 1e9 if isinstance(rule, LeastControl) and not rule.relative else 1.0
+    assert close(found * factor, backprop(module, x, y, cross_entropy), 1e-5)
+
+
 @nets
 @generals
 def test_control_too_leaky_to_move_the_network_is_backprop(name, general):
