@@ -166,8 +166,8 @@ class FeedbackLearner:
             gradients: this process's, one a point, whose mean over the processes is that of the joint batch. Clipping
                 may overwrite them.
             initial: whether this step belongs to the initial passes.
-            shares: the share of the samples that each row of a gradient is a sum over, (n_i, 1) a point, to divide it
-                by; None for all samples.
+            shares: the share of the samples that a gradient is a sum over, to divide it by; see
+                :meth:`FeedbackMethod.shares`.
 
         Returns:
             ``norm``, the norm of all feedback weights, and ``grad_norm``, that of their gradient, both scalars.
@@ -229,15 +229,16 @@ class FeedbackLearner:
         if every > 1:
             mine = [i for i in range(size) if (i * world_size + self.ranks.rank) % every == 0]
             if not mine:
-                shares = [q.new_zeros(len(q), 1) for q in forward.feedback]
-                return [torch.zeros_like(q) for q in forward.feedback], shares if method.gated else None
+                shares = method.shares(forward)
+                nothing = None if shares is None else [torch.zeros_like(s) for s in shares]
+                return [torch.zeros_like(q) for q in forward.feedback], nothing
             some = torch.tensor(mine, device=forward.output.device)
             forward, loss_grad = forward.samples(some), None if loss_grad is None else loss_grad[some]
             weight = len(mine) * world_size / math.ceil(size * world_size / every)
         if loss_grad is not None:
             method = method.towards(loss_grad)
-        gradients = [gradient * weight for gradient in method.draw(forward, noise)]
-        return gradients, [m.mean(0).unsqueeze(1) * weight for m in forward.able] if method.gated else None
+        gradients, shares = method.draw(forward, noise), method.shares(forward)
+        return [g * weight for g in gradients], None if shares is None else [s * weight for s in shares]
 
     def _noise(self, output: Tensor) -> Noise:
         """Draws for the samples of ``output``, (B, n_L), out of those for the joint batch."""

@@ -42,6 +42,14 @@ class FeedbackMethod(ABC):
             noise: source of standard normal draws.
         """
 
+    def shares(self, forward: ForwardPass) -> list[Tensor] | None:
+        """The share of the samples that a gradient is a sum over, to divide it by, one tensor a point; None for all.
+
+        Each goes over into the shape of the gradient, and is a mean over samples: the mean of the gradients of several
+        processes is divided by that of their shares.
+        """
+        return [m.mean(0).unsqueeze(1) for m in forward.able] if self.gated else None
+
     def draw(self, forward: ForwardPass, noise: Noise) -> list[Tensor]:
         """What a feedback learning step descends: a gradient of the same law as :meth:`gradient`, however drawn."""
         return self.gradient(forward, noise)
