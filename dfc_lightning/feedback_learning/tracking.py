@@ -57,20 +57,22 @@ class Tracking:
         for follower, state in zip(self._followers, states):
             follower.load_state_dict(state)
 
-    def _pairs(self) -> dict[nn.Parameter, nn.Parameter]:
-        """B_i by W_i, of those that errors travel back through."""
-        weights = self.network.weights
-        return {
-            point.weight: b
-            for point, b, carries in zip(self.network.points, weights.values, weights.carrying)
-            if carries and isinstance(point.weight, nn.Parameter)
-        }
+    def _pairs(self) -> Pairs:
+        """The B_i by W_i, of those that errors travel back through; several where W_i is used several times."""
+        weights, found = self.network.weights, dict[nn.Parameter, list[nn.Parameter]]()
+        for point, b, carries in zip(self.network.points, weights.values, weights.carrying):
+            if carries and isinstance(point.weight, nn.Parameter):
+                found.setdefault(point.weight, []).append(b)
+        return found
+
+
+Pairs = dict[nn.Parameter, list[nn.Parameter]]
 
 
 class _Follower:
     """An optimizer that goes the way of another, for other parameters."""
 
-    def __init__(self, leader: Optimizer, pairs: Callable[[], dict[nn.Parameter, nn.Parameter]], decay: float) -> None:
+    def __init__(self, leader: Optimizer, pairs: Callable[[], Pairs], decay: float) -> None:
         self.leader, self.decay = leader, decay
         self._pairs = pairs
         self._own: Optimizer | None = None
@@ -91,42 +93,46 @@ class _Follower:
     def _follow(self, *_: Any) -> None:
         pairs = self._pairs()
         own = self._own
-        if own is None or {b for group in own.param_groups for b in group["params"]} != set(pairs.values()):
+        if own is None or {b for group in own.param_groups for b in group["params"]} != {
+            b for each in pairs.values() for b in each
+        }:
             own = self._own = self._made()
         for mine, group in zip(own.param_groups, self.leader.param_groups):
             mine |= {name: value for name, value in group.items() if name != "params"}
-        for w, b in pairs.items():
-            b.grad = None if w.grad is None else w.grad.to(b)
+        for w, followers in pairs.items():
+            for b in followers:
+                b.grad = None if w.grad is None else w.grad.to(b)
         own.step()
-        for b in pairs.values():
-            b.grad = None
+        for followers in pairs.values():
+            for b in followers:
+                b.grad = None
         if self.decay:
             self._decay(pairs)
 
-    def _decay(self, pairs: dict[nn.Parameter, nn.Parameter]) -> None:
+    def _decay(self, pairs: Pairs) -> None:
         for group in self.leader.param_groups:
             left = 1 - group["lr"] * self.decay
             for w in group["params"]:
                 if w in pairs and w.grad is not None:
-                    w.mul_(left)
-                    pairs[w].mul_(left)
+                    for each in (w, *pairs[w]):
+                        each.mul_(left)
 
     def _made(self) -> Optimizer:
         """One of the leader's kind and settings, in the state that the leader was in when following began."""
         pairs, before = self._pairs(), self._own
         own = copy.deepcopy(
-            self.leader, {id(p): pairs.get(p, p) for g in self.leader.param_groups for p in g["params"]}
+            self.leader, {id(p): pairs.get(p, [p])[0] for g in self.leader.param_groups for p in g["params"]}
         )
         own.state.clear()
         for mine, group in zip(own.param_groups, self.leader.param_groups):
-            mine["params"] = [pairs[w] for w in group["params"] if w in pairs]
+            mine["params"] = [b for w in group["params"] for b in pairs.get(w, ())]
         if before is not None:  # other layers learn now: the rest go on as they were
-            own.state.update({b: before.state[b] for b in pairs.values() if b in before.state})
+            own.state.update({b: before.state[b] for each in pairs.values() for b in each if b in before.state})
         elif self._state:
             own.load_state_dict(self._state)
             self._state = {}
         else:
-            for w, b in pairs.items():
+            for w, b in ((w, b) for w, each in pairs.items() for b in each):
                 if self._of_leader and w in self._of_leader:
                     own.state[b] = {
                         name: value.to(b.dtype) if _is_moment(value, w) else copy.deepcopy(value)

@@ -233,12 +233,11 @@ class ControlledNetwork:
         watch = self._watch(at_output)
         with contextlib.ExitStack() as stack:
             stack.callback(watch.close)
-            for k, point in enumerate(self._layers if isinstance(watch, Recorder) else self.points):
+            found = self._layers if isinstance(watch, Recorder) else self.points
+            for k, layer in enumerate({id(p.layer): p.layer for p in found}.values()):
                 if isinstance(watch, Recorder) or k == 0:
-                    hook = point.layer.register_forward_pre_hook(watch.before, with_kwargs=True)
-                    stack.callback(hook.remove)
-                hook = point.layer.register_forward_hook(watch.passed, with_kwargs=True)
-                stack.callback(hook.remove)
+                    stack.callback(layer.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(watch.passed, with_kwargs=True).remove)
             if isinstance(watch, Recorder):
                 stack.enter_context(function_calls(watch.tape.note))
                 for module in self._around():
@@ -304,8 +303,7 @@ class ControlledNetwork:
         record, frame, points, _ = recording
         outputs, shapes = frame.first(record.output)[0].numel(), tuple(recording.shapes)
         if self.feedback:  # loaded before
-            by_name = {p.name: q for p, q in zip(self.points, self.feedback)}
-            self.weights.values = [by_name[p.name] for p in points]
+            self.weights.reorder(self.points, points)
         if self.feedback and isinstance(self.weights.kind, Direct):
             ports = ports_of(points, shapes, outputs, self.feedback)
         else:

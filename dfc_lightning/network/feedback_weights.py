@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,17 @@ class FeedbackWeights:
             for w in forward.layer_weights()
         ]
 
+    def reorder(self, before: Sequence[ControlPoint], points: Sequence[ControlPoint]) -> None:
+        """Give those loaded for some points to what a pass has shown the points to be.
+
+        Raises:
+            ControlError: these are others.
+        """
+        by_name = {p.name: q for p, q in zip(before, self.values)}
+        if set(by_name) != {p.name for p in points}:
+            raise other_network(by_name, [p.name for p in points])
+        self.values = [by_name[p.name] for p in points]
+
     def set_aside(self, points: Sequence[ControlPoint]) -> None:
         """Have none any more, but take up again those of points that there will still be."""
         self._set_aside |= {p.name: q for p, q in zip(points, self.values)}
@@ -80,6 +91,14 @@ class FeedbackWeights:
         """Take over saved feedback weights for points in that order."""
         self.kind = kind
         self.values = [nn.Parameter(state[p.name].clone().to(p.parameters[0].device, dtype)) for p in order]
+
+
+def other_network(loaded: Iterable[str], known: Iterable[str]) -> ControlError:
+    """What to say of feedback weights for points that a network does not have."""
+    return ControlError(
+        f"The feedback weights to load are for the layers {sorted(loaded)}, but this network has {sorted(known)}. Load "
+        "them into the network they were saved from."
+    )
 
 
 def in_order(
@@ -100,14 +119,17 @@ def in_order(
         ControlError: they belong to another network.
     """
     known = {point.name: point for point in points}
-    # A normalisation may turn out to belong to the layer before it, once a forward pass is seen.
-    optional = {p.name for p in points if not p.is_layer} if shapes is None else set()
-    if not set(known) - optional <= set(state) <= set(known):
-        raise ControlError(
-            f"The feedback weights to load are for the layers {sorted(state)}, but this network has "
-            f"{sorted(known)}. Load them into the network they were saved from."
-        )
-    order = [known[name] for name in state] if shapes is None else list(points)
+    # A normalisation may turn out to belong to the layer before it, and a layer to be used twice, or not by itself,
+    # once a forward pass is seen.
+    unsure = shapes is None and any(p.use for p in points)
+    optional = {p.name for p in points if unsure or not p.is_layer} if shapes is None else set()
+    names = {name.partition("#")[0] for name in state} if shapes is None else set(state)
+    if not set(known) - optional <= names or not (unsure or names <= set(known)):
+        raise other_network(state, known)
+    used = points[0].layer, tuple(points[0].parameters[:1])
+    order = [
+        known.get(name) or ControlPoint(name, used[0], use=used[1]) for name in (state if shapes is None else known)
+    ]
     outputs = {state[p.name].shape[-1] for p in order} if isinstance(kind, Direct) else set()
     for k, point in enumerate(order):
         shape, needed = tuple(state[point.name].shape), "the shape of its weight"
@@ -117,7 +139,7 @@ def in_order(
             fits = len(shape) == 2 and len(outputs) == 1 and (point.width == 0 or shape[0] % point.width == 0)
             needed = f"rows that are a multiple of {point.width or 1}, and as many columns as the network has outputs"
         else:
-            fits = not point.is_layer or point.is_named or shape == tuple(point.parameters[0].shape)
+            fits = not point.is_layer or not point.is_module or 0 in shape or shape == tuple(point.parameters[0].shape)
         if not fits:
             raise ControlError(
                 f"The feedback weight to load for {point.name!r} has the shape {shape}, but the layer's units and "

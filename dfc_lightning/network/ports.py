@@ -64,5 +64,9 @@ def ports_of(
 
 def _shared(point: ControlPoint, shape: Sequence[int]) -> Port:
     """The shape of a port whose positions all hear the same."""
-    last = isinstance(point.norm or point.layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
+    if point.use:
+        parameter = point.multiplies if point.multiplies is not None else point.use[0]
+        last = parameter.dim() < 3 and parameter.shape[-1:] != (1,)
+    else:
+        last = isinstance(point.norm or point.layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
     return (*[1] * (len(shape) - 1), shape[-1]) if last else (shape[0], *[1] * (len(shape) - 1))

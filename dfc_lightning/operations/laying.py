@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import named, tensors_of
-from dfc_lightning.operations.layout import FIRST, Layout
+from dfc_lightning.operations.layout import FIRST, SHARED, Layout
 from dfc_lightning.operations.operation import Slot, filled
 from dfc_lightning.operations.recognise import RECURRENT, Call
 
@@ -30,7 +31,12 @@ def laid(call: Call, layouts: Sequence[Layout | str]) -> list[Layout | str]:
         call: the call.
         layouts: of all slots so far.
     """
-    known = {s: layouts[s] for s in call.inputs}
+    known = {s: layouts[s] for s in call.inputs if layouts[s] != SHARED}
+    if not known:
+        return [SHARED] * len(call.outputs)
+    if len(known) < len(call.inputs):
+        args, kwargs = _without_shared((call.args, call.kwargs), known, call.values)
+        call = replace(call, args=args, kwargs=kwargs, inputs=list(known))
     mixed = [each for each in known.values() if isinstance(each, str)]
     if mixed:
         return [mixed[0]] * len(call.outputs)
@@ -40,6 +46,15 @@ def laid(call: Call, layouts: Sequence[Layout | str]) -> list[Layout | str]:
         return [str(reason)] * len(call.outputs)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:  # a call in a form that the rule does not know
         return [f"where the samples go in it could not be told ({error})"] * len(call.outputs)
+
+
+def _without_shared(tree: Any, known: Mapping[Slot, Any], values: Sequence[Tensor]) -> Any:
+    """Arguments in which tensors that no samples are in stand for themselves."""
+    if isinstance(tree, Slot):
+        return tree if tree in known else values[tree]
+    if isinstance(tree, dict):
+        return {k: _without_shared(v, known, values) for k, v in tree.items()}
+    return type(tree)(_without_shared(v, known, values) for v in tree) if type(tree) in (tuple, list) else tree
 
 
 def rule(names: Iterable[str]) -> Callable[[Rule], Rule]:

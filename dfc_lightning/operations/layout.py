@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     def first(self, value: Tensor) -> Tensor:
         """The samples in a dimension of their own, the first; what they were folded with comes next."""
-        if self == FIRST:
+        if self in (FIRST, SHARED):
             return value
         folds = [*[self.before][: self.before != 1], -1, *[self.rows][: self.rows != 1]]
         apart = value.unflatten(self.dim, folds) if len(folds) > 1 else value
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     def back(self, value: Tensor) -> Tensor:
         """The inverse of :meth:`first`."""
-        if self == FIRST:
+        if self in (FIRST, SHARED):
             return value
         apart = value.movedim(0, self.dim + (self.before != 1))
         last = self.dim + (self.before != 1) + (self.rows != 1)
@@ -42,6 +42,8 @@ class Layout(NamedTuple):
 
     def sized(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
         """A shape for another number of samples."""
+        if self == SHARED:
+            return tuple(shape)
         return (*shape[: self.dim], self.before * batch * self.rows, *shape[self.dim + 1 :])
 
     def times(self, shape: Sequence[int], of: Sequence[int]) -> int:
@@ -50,6 +52,8 @@ class Layout(NamedTuple):
 
     def samples(self, value: Tensor, index: Tensor) -> Tensor:
         """Some samples only."""
+        if self == SHARED:
+            return value
         return value[index] if self == FIRST else self.back(self.first(value)[index])
 
     def split(self, value: Tensor, batch: int) -> Sequence[Tensor]:
@@ -75,3 +79,5 @@ class Layout(NamedTuple):
 
 
 FIRST = Layout()
+SHARED = Layout(-1, 0, 0)
+"""Of what is the same for all samples: what is made of parameters alone."""

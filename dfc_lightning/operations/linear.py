@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dfc_lightning.operations.arguments import tensors_of
+from dfc_lightning.operations.layout import SHARED
 from dfc_lightning.operations.operation import Deviations, Frame, Operation, Slot, constant, filled
 
 
@@ -41,17 +42,18 @@ class Reshape(Exact):
         self.shape = tuple(shape)
 
     def values(self, frame: Frame) -> Sequence[Tensor]:
-        return [self._made(frame, frame[self.inputs[0]])]
+        return [self.made(frame, frame[self.inputs[0]])]
 
     def deviations(self, frame: Frame, moved: Deviations) -> Sequence[Tensor | None]:
         change = moved[self.inputs[0]]
         assert change is not None
-        return [self._made(frame, change)]
+        return [self.made(frame, change)]
 
     def pulled(self, frame: Frame, errors: Sequence[Tensor | None], live: bool = False) -> Sequence[Tensor | None]:
         return [_summed_to(errors[0], frame, self.outputs[0], self.inputs[0])]
 
-    def _made(self, frame: Frame, value: Tensor) -> Tensor:
+    def made(self, frame: Frame, value: Tensor) -> Tensor:
+        """What becomes of a tensor, in the frame's number of samples."""
         return self._shaped(value, frame.layouts[self.outputs[0]].sized(self.shape, frame.batch))
 
     def _shaped(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -152,10 +154,10 @@ class Sum(Exact):
         assert error is not None
         found: dict[int, Tensor] = {}
         for term, scale in zip(two(self.args, self.kwargs), (1, self.scale)):
-            if isinstance(term, Slot):
+            if isinstance(term, Slot) and frame.layouts[term] != SHARED:
                 share = _summed_to(error if scale == 1 else error * scale, frame, self.outputs[0], term)
                 found[term] = found[term] + share if term in found else share
-        return [found[s] for s in self.inputs]
+        return [found.get(s) for s in self.inputs]
 
 
 class Product(Operation):
@@ -183,7 +185,7 @@ class Product(Operation):
         assert error is not None
         found: dict[int, Tensor] = {}
         for term, other in ((x, y), (y, x)):
-            if isinstance(term, Slot):
+            if isinstance(term, Slot) and frame.layouts[term] != SHARED:
                 if isinstance(other, Slot):
                     factor = frame[other].expand(frame[self.outputs[0]].shape)
                     share = frame.layouts[self.outputs[0]].weighed(error, factor)
@@ -191,7 +193,7 @@ class Product(Operation):
                     share = error * other
                 share = _summed_to(share, frame, self.outputs[0], term)
                 found[term] = found[term] + share if term in found else share
-        return [found[s] for s in self.inputs]
+        return [found.get(s) for s in self.inputs]
 
 
 def two(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -8,17 +8,17 @@ statistics of the feedforward pass, and everything else is subtracted in float64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
-from dfc_lightning.operations.layout import Layout
+from dfc_lightning.operations.layout import SHARED, Layout
 
 
 class Slot(int):
@@ -106,6 +106,11 @@ class Operation:
         """The arguments by their names."""
         return named(self.function, self.args, self.kwargs)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those among its arguments."""
+        return [t for t in tensors_of([self.args, self.kwargs]) if isinstance(t, nn.Parameter)]
+
     def values(self, frame: Frame) -> Sequence[Tensor]:
         """The operation at a frame's values."""
         return self.at(lambda slot: frame[slot], frame.dtype)
@@ -135,9 +140,9 @@ class Operation:
             results = self.at(given.__getitem__, frame.dtype)
             return tuple(results[k] for k in kept)
 
-        changes = [torch.zeros_like(frame[s]) if (d := moved[s]) is None else d for s in floats]
+        changes = [torch.zeros_like(frame[s]) if (d := moved[s]) is None else d.contiguous() for s in floats]
         with sdpa_kernel(SDPBackend.MATH):  # attention's faster kernels know no tangents
-            tangents = torch.func.jvp(run, tuple(frame[s] for s in floats), tuple(changes))[1]
+            tangents = torch.func.jvp(run, tuple(frame[s].contiguous() for s in floats), tuple(changes))[1]
         for k, change in zip(kept, tangents):
             found[k] = change
         return found
@@ -185,12 +190,14 @@ class Operation:
 
     def _smooth(self, frame: Frame) -> tuple[list[Slot], list[int]]:
         """The inputs and the numbers of the results that are floats."""
-        floats = [s for s in self.inputs if frame[s].is_floating_point()]
+        floats = [s for s in self.inputs if frame[s].is_floating_point() and frame.layouts[s] != SHARED]
         return floats, [k for k, s in enumerate(self.outputs) if frame[s].is_floating_point()]
 
-    def at(self, value: Callable[[Slot], Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-        """The operation with other values in its slots."""
-        args, kwargs = filled((self.args, self.kwargs), value, dtype)
+    def at(
+        self, value: Callable[[Slot], Tensor], dtype: torch.dtype, instead: Mapping[int, Tensor] | None = None
+    ) -> Sequence[Tensor]:
+        """The operation with other values in its slots, and with others, by id, ``instead`` of constants."""
+        args, kwargs = filled((self.args, self.kwargs), value, dtype, instead=instead)
         if writes_into_argument(self.function, args, kwargs):
             if args:
                 args = [args[0].clone(), *args[1:]]
@@ -214,17 +221,25 @@ def slots_in(tree: Any) -> list[Slot]:
     return list(dict.fromkeys(found))
 
 
-def filled(tree: Any, value: Callable[[Slot], Tensor], dtype: torch.dtype, still: bool = False) -> Any:
+def filled(
+    tree: Any,
+    value: Callable[[Slot], Tensor],
+    dtype: torch.dtype,
+    still: bool = False,
+    instead: Mapping[int, Tensor] | None = None,
+) -> Any:
     """Arguments with tensors in their slots; ``still`` puts zeros for other numbers, which do not move."""
     if isinstance(tree, Slot):
         return value(tree)
     if isinstance(tree, Tensor):
+        if instead is not None and id(tree) in instead:
+            return instead[id(tree)]
         fixed = constant(tree, dtype)
         return torch.zeros_like(fixed) if still and fixed.is_floating_point() else fixed
     if isinstance(tree, dict):
-        return {k: filled(v, value, dtype, still) for k, v in tree.items()}
+        return {k: filled(v, value, dtype, still, instead) for k, v in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(filled(v, value, dtype, still) for v in tree)
+        return type(tree)(filled(v, value, dtype, still, instead) for v in tree)
     return tree
 
 

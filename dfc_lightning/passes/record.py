@@ -15,6 +15,7 @@ from dfc_lightning.operations.operation import Frame, Operation, Slot
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.operations.rate import Rate
 from dfc_lightning.passes.segment import NamedSegment, Segment
+from dfc_lightning.passes.use import UseSegment
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Record:
     """
 
     program: Sequence[Operation]
-    segments: Sequence[Segment | NamedSegment]
+    segments: Sequence[Segment | NamedSegment | UseSegment]
     passages: Sequence[Passage]
     sites: Sequence[Site]
     output: Slot

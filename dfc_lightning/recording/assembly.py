@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,17 +65,23 @@ def does_more(name: str) -> ControlError:
     )
 
 
-def is_own_call(layer: nn.Module, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def is_own_call(layer: nn.Module, call: Operation) -> bool:
     """Whether a call is what torch's own layer of this kind does with its parameters, as they are."""
-    name = getattr(function, "__name__", "")
-    fits = name in NORMS_BY_NAME if isinstance(layer, NORMS) else name.startswith(("linear", "conv"))
-    return fits and _given(layer, args, kwargs)
+    fits = call.name in NORMS_BY_NAME if isinstance(layer, NORMS) else call.name.startswith(("linear", "conv"))
+    return fits and len(call.inputs) == 1 and _given(layer, call.args, call.kwargs)
 
 
-def uses(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is given a parameter of a layer."""
-    given = {id(value) for value in (*args, *kwargs.values())}
-    return any(id(p) in given for p in layer.parameters())
+def own_segment(call: Operation, learned: Sequence[nn.Parameter]) -> Segment | None:
+    """That of a call which does with its parameters what a layer or a normalisation does, wherever it is."""
+    if len(call.inputs) != 1 or not (isinstance(call, Weighted) or call.name in NORMS_BY_NAME):
+        return None
+    weight, bias = call.arguments.get("weight"), call.arguments.get("bias")
+    taught = [p for p in (weight, bias) if p is not None]
+    if not all(isinstance(p, nn.Parameter) for p in taught) or any(all(p is not t for t in taught) for p in learned):
+        return None
+    if isinstance(call, Weighted):
+        return Segment(call, None, weight, bias)
+    return Segment(None, call, norm_weight=weight, norm_bias=bias)
 
 
 def is_untaught_norm(call: Operation) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,47 +15,64 @@ from dfc_lightning.passes.segment import LAYERS, NORMS
 
 @dataclass(frozen=True)
 class ControlPoint:
-    """A voltage v_i that feedback drives: a layer's output, v_i = W_i r_{i−1} + b_i, or a normalisation's.
+    """A voltage v_i that feedback drives: what a call with trainable parameters gives.
 
     Args:
-        name: the layer's name in the module.
-        layer: a linear or convolutional layer, or a normalisation that follows none of these directly.
+        name: the layer's name in the module; of a use that is no layer's, the parameter's; ``#2`` and so on follow
+            where it is used again.
+        layer: a linear or convolutional layer, or a normalisation that follows none of these directly; of a use, the
+            module that the parameter belongs to.
         norm: the normalisation that follows the layer directly; the voltage is then what it returns.
         is_named: whether it is a module of the user's, of any kind, controlled as a whole since it was named.
+        use: the parameters of a use that is no layer's own call, or a layer's second.
+        multiplies: of a use, the parameter that is W_i in it.
     """
 
     name: str
     layer: nn.Module
     norm: nn.Module | None = None
     is_named: bool = False
+    use: tuple[nn.Parameter, ...] = ()
+    multiplies: nn.Parameter | None = None
 
     def with_norm(self, norm: nn.Module) -> ControlPoint:
         """The same point behind the normalisation that follows the layer directly."""
         return replace(self, norm=norm)
 
     @property
+    def is_module(self) -> bool:
+        """Whether it is a call of a layer or of a normalisation by itself, with its parameters as they are."""
+        return not self.is_named and not self.use
+
+    @property
     def dense(self) -> bool:
         """Whether the layer is an ``nn.Linear``."""
-        return isinstance(self.layer, nn.Linear) and not self.is_named
+        return isinstance(self.layer, nn.Linear) and self.is_module
 
     @property
     def is_layer(self) -> bool:
         """Whether it is a layer, not a normalisation alone."""
-        return self.is_named or not isinstance(self.layer, NORMS)
+        return not self.is_module or not isinstance(self.layer, NORMS)
 
     @property
     def width(self) -> int:
         """n_i of a dense layer; of others the number of channels, 0 where that is not known."""
+        if self.use:
+            return 0 if self.multiplies is None else self.multiplies.shape[0]
         return 0 if self.is_named else self.layer.weight.shape[0]  # type: ignore[union-attr,index,return-value]
 
     @property
     def weight(self) -> Tensor | None:
         """W_i; None of a normalisation that stands by itself, and of a module that was named."""
-        return self.layer.weight if isinstance(self.layer, LAYERS) and not self.is_named else None
+        if self.use:
+            return self.multiplies
+        return self.layer.weight if isinstance(self.layer, LAYERS) and self.is_module else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Weights and biases: the layer's, then the normalisation's; all those of a module that was named."""
+        if self.use:
+            return list(self.use)
         if self.is_named:
             return list(self.layer.parameters())
         modules = [self.layer] if self.norm is None else [self.layer, self.norm]
@@ -63,7 +80,9 @@ class ControlPoint:
 
 
 def find_points(module: nn.Module, network: str | None = None, extra_points: Sequence[str] = ()) -> list[ControlPoint]:
-    """The trainable layers and normalisations of a module, in the order of their registration.
+    """The trainable layers and normalisations of a module, and its other parameters, in the order of registration.
+
+    What is a point of its own a pass shows: how often each is used, and which parameters meet the samples together.
 
     Args:
         module: where to look.
@@ -71,26 +90,34 @@ def find_points(module: nn.Module, network: str | None = None, extra_points: Seq
         extra_points: names of submodules to control as a whole.
 
     Raises:
-        ControlError: there is none, a parameter belongs to several, or a trainable parameter to none of them.
+        ControlError: there is none, or a layer cannot be watched.
     """
     scope, prefix = scope_of(module, network)
     extra = [_named(module, name) for name in extra_points]
     within = {id(part) for each in extra for part in each.modules()}
-    points = [
-        ControlPoint(f"{prefix}{name}".rstrip("."), layer, is_named=id(layer) in within)
-        for name, layer in scope.named_modules()
-        if any(p.requires_grad for p in layer.parameters())
-        and (any(layer is e for e in extra) or (isinstance(layer, (*LAYERS, *NORMS)) and id(layer) not in within))
-    ]
+    points = []
+    for name, each in scope.named_modules(remove_duplicate=True):
+        full = f"{prefix}{name}".rstrip(".")
+        if any(each is e for e in extra):
+            points += [ControlPoint(full, each, is_named=True)] * any(p.requires_grad for p in each.parameters())
+        elif id(each) not in within:
+            points += _points_of(full, each)
     _refuse_unseen(scope, prefix, within)
-    where = type(module).__name__ if network is None else f"network={network!r}"
-    if not any(point.is_layer for point in points):
+    if not points:
+        where = type(module).__name__ if network is None else f"network={network!r}"
         raise ControlError(
-            f"No control point in {where}: it has no trainable linear or convolutional layer. Feedback control drives "
-            "the outputs of such layers."
+            f"No control point in {where}: it has no trainable parameter. Feedback control drives what comes of these."
         )
-    _check_parameters(points, scope, prefix)
+    _check_layers(points)
     return points
+
+
+def _points_of(name: str, module: nn.Module) -> list[ControlPoint]:
+    """What a module itself may be, or have, of points."""
+    if isinstance(module, (*LAYERS, *NORMS)):
+        return [ControlPoint(name, module)] * any(p.requires_grad for p in module.parameters())
+    own = module.named_parameters(name, recurse=False)
+    return [ControlPoint(full.lstrip("."), module, use=(p,)) for full, p in own if p.requires_grad]
 
 
 def scope_of(module: nn.Module, network: str | None) -> tuple[nn.Module, str]:
@@ -114,14 +141,8 @@ def _named(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError as error:
-        if name in dict(module.named_parameters()):
-            cause = (
-                f"{name!r} is a parameter of {type(module).__name__}, no submodule. Put it into a module of its own "
-                "that is called with what it is applied to, and name that; or freeze it with requires_grad_(False)"
-            )
-        else:
-            names = ", ".join(repr(each) for each, _ in module.named_modules() if each)
-            cause = f"{name!r} is no submodule of {type(module).__name__}. Its submodules are {names}"
+        names = ", ".join(repr(each) for each, _ in module.named_modules() if each)
+        cause = f"{name!r} is no submodule of {type(module).__name__}. Its submodules are {names}"
         raise ControlError(f"extra_points=[{name!r}] is not possible: {cause}.") from error
 
 
@@ -143,14 +164,6 @@ def _refuse_unseen(scope: nn.Module, prefix: str, within: set[int]) -> None:
                 "that it was made of, and compile it when it is trained; or freeze it: for p in m.parameters(): "
                 "p.requires_grad_(False)."
             )
-        masked = [n.removesuffix("_orig") for n, _ in each.named_parameters(recurse=False) if n.endswith("_orig")]
-        masked = [n for n in masked if f"{n}_mask" in dict(each.named_buffers(recurse=False))]
-        if masked:
-            raise ControlError(
-                f"{called} is pruned: its {' and '.join(masked)} is made anew from a mask at each call. Feedback "
-                f"control teaches parameters as they are; prune when the module is trained, make it permanent with "
-                f"torch.nn.utils.prune.remove(m, {masked[0]!r}), or freeze it with requires_grad_(False)."
-            )
         if isinstance(each, LAYERS) and hasattr(each, "weight_fake_quant"):
             raise ControlError(
                 f"{called} quantises its weight at each call, for quantisation-aware training. Feedback control "
@@ -159,8 +172,7 @@ def _refuse_unseen(scope: nn.Module, prefix: str, within: set[int]) -> None:
             )
 
 
-def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str) -> None:
-    owner: dict[int, str] = {}
+def _check_layers(points: Sequence[ControlPoint]) -> None:
     for point in points:
         padding, kernel = getattr(point.layer, "padding", 0), getattr(point.layer, "kernel_size", ())
         if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(point.layer.dilation, kernel)):  # type: ignore
@@ -168,41 +180,8 @@ def _check_parameters(points: list[ControlPoint], scope: nn.Module, prefix: str)
                 f"The layer {point.name!r} has padding='same' with an even kernel, which pads one side more than the "
                 "other. Pad before it with nn.ZeroPad2d, say, and give it padding=0."
             )
-        for parameter in point.layer.parameters():
-            if isinstance(parameter, UninitializedParameter):
-                raise ControlError(
-                    f"The layer {point.name!r} has no weights yet. Run one batch through the module before it is "
-                    "controlled, so that lazy layers learn their shapes."
-                )
-            other = owner.setdefault(id(parameter), point.name)
-            if other != point.name:
-                raise ControlError(
-                    f"The layers {other!r} and {point.name!r} share a parameter. Each layer of a controlled network "
-                    "learns from its own input; give them parameters of their own."
-                )
-        if not point.is_named and not isinstance(getattr(point.layer, "weight", None), (nn.Parameter, type(None))):
-            owner = {k: v for k, v in owner.items() if v != point.name}  # parametrized: its weight is no parameter
-    untaught = [name for name, p in scope.named_parameters() if p.requires_grad and id(p) not in owner]
-    if untaught:
-        names = [f"{prefix}{name}" for name in untaught]
-        owners = dict.fromkeys(f"{prefix}{_owner(name)}" for name in untaught if _owner(name))
-        named = f"name their modules in extra_points={list(owners)}, " if owners else ""
-        if any(not _owner(name) for name in untaught):
-            named += "put those that belong to no submodule into one, called with what they are applied to, and name "
-            named += "it in extra_points=['…'], "
-        raise ControlError(
-            f"No control point can teach the parameters {_listed(names)}: only weights and biases of linear and "
-            "convolutional layers, and of the usual normalisations, learn by feedback control. Freeze them with "
-            f"requires_grad_(False), {named}or name the submodule made of such layers with network='…'; parameters "
-            "outside it are left to autograd."
-        )
-
-
-def _owner(name: str) -> str:
-    """The module that a parameter's name says it belongs to; for a parametrized one the module it is made for."""
-    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    shown: Iterator[str] = (repr(name) for name in names[:most])
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+        if any(isinstance(p, UninitializedParameter) for p in point.layer.parameters()):
+            raise ControlError(
+                f"The layer {point.name!r} has no weights yet. Run one batch through the module before it is "
+                "controlled, so that lazy layers learn their shapes."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import tensors_of
-from dfc_lightning.operations.layout import FIRST
+from dfc_lightning.operations.layout import FIRST, SHARED, Layout
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
 from dfc_lightning.operations.passage import Passage
 from dfc_lightning.passes.record import Record, finest
-from dfc_lightning.passes.segment import LAYERS, NamedSegment
-from dfc_lightning.recording.assembly import does_more, is_own_call, is_untaught_norm, segment_of, site_of, uses
+from dfc_lightning.passes.segment import LAYERS, NORMS, NamedSegment, Segment
+from dfc_lightning.passes.use import UseSegment, use_segment
+from dfc_lightning.recording.assembly import is_own_call, is_untaught_norm, own_segment, segment_of, site_of
 from dfc_lightning.recording.beside import (
     Step,
     cut,
@@ -27,6 +29,8 @@ from dfc_lightning.recording.beside import (
     refuse_history,
     wants_input_gradient,
 )
+from dfc_lightning.recording.learning import Learning
+from dfc_lightning.recording.opened import KERNELS
 from dfc_lightning.recording.points import ControlPoint
 from dfc_lightning.recording.tape import Tape
 
@@ -53,13 +57,14 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """Records one forward pass; :meth:`before` and :meth:`passed` are hooks of every layer.
+    """Records one forward pass; :meth:`before` and :meth:`passed` are hooks of every module that has parameters.
 
-    The point of a layer lies where its forward calls torch's own function with its parameters, whatever that forward
-    does before and after; that of a named module is what it returns.
+    A point lies wherever samples meet parameters: where a layer's forward calls torch's own function with its
+    parameters, whatever that forward does before and after, and at any other call that is given some, or what is made
+    of them. That of a named module is what it returns.
 
     Args:
-        points: the layers and normalisations that are to be passed.
+        points: what may be points.
         at_output: called with the recording and the output; what it returns takes the output's place.
         dtype: of the recorded values.
         fixed: see :class:`Tape`.
@@ -72,16 +77,17 @@ class Recorder:
         dtype: torch.dtype,
         fixed: Iterable[Tensor] = (),
     ) -> None:
-        self.names = {id(p.layer): p.name for p in points}
-        self.bits = {key: 1 << k for k, key in enumerate(self.names)}
-        self.waiting = {id(p.layer): replace(p, norm=None) for p in points}
-        self.tape = Tape(len(points), self._reached, self._called, fixed)
+        self.learning = Learning(points, self._leaves)
+        self.names = {id(p.layer): p.name for p in reversed(points)}
+        self.waiting = {id(p.layer): p for p in points if p.is_named}
+        self.tape = Tape(self.learning, self._reached, self._called, fixed)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
         self.step, self.aside = Step(), False
         self.silent: set[str] = set()
-        self._running: list[tuple[nn.Module, Any]] = []  # layers, each with what it was given
+        self._received: list[Tensor] = []  # what each module of ``learning.running`` was given
         self._named: dict[int, NamedSegment] = {}
+        self._uses: dict[int, Segment | UseSegment] = {}  # by passage
         self._aside: dict[Slot, str] = {}  # what named modules return beside their voltages
         self._bare = True
         self._at_output, self._dtype = at_output, dtype
@@ -96,25 +102,28 @@ class Recorder:
         self.tape.expect([args, kwargs])
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: note what the layer is about to hear."""
-        if self.beside:
-            self.silent.add(self.names[id(layer)])
-            return None
+        """Forward pre-hook: note what the module is about to hear."""
         name = self.names[id(layer)]
+        if self.beside:
+            self.silent.add(name)
+            return None
         given = tensors_of([args, kwargs])
-        if not given:
+        named, layerlike = id(layer) in self.learning.modules, isinstance(layer, (*LAYERS, *NORMS))
+        if not given and (named or layerlike):
             raise ControlError(
                 f"The module {name!r} is called without a tensor among its arguments. Call it with tensors, each an "
                 "argument or in a tuple, list or dict: a sequence that is packed, say, as a padded one."
             )
-        if any([wants_input_gradient(name, each) for each in given]):
+        if (named or layerlike) and any([wants_input_gradient(name, each) for each in given]):
             self.aside = True
             return with_guard(name, args, kwargs, self.step)
-        if id(layer) not in self.waiting:
+        if self.tape.output is not None or (named and id(layer) not in self.waiting):
             raise called_twice(name)
-        self.tape.enter(given[0])
-        if not self.waiting[id(layer)].is_named:
-            self._running.append((layer, given[0]))
+        if given and (named or layerlike or not self.tape.batch):
+            self.tape.receive(given[0])
+        if not named:
+            self.learning.running.append(layer)
+            self._received.append(given[0] if given else torch.empty(0))
             return None
         with self.tape.paused():
             buffers = {key: buffer.clone() for key, buffer in layer.named_buffers()}
@@ -123,39 +132,81 @@ class Recorder:
         return None
 
     def passed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: hand the output on, that of a named module without its history."""
-        given = tensors_of([args, kwargs])
-        if self.beside or any([wants_input_gradient(self.names[id(layer)], each) for each in given]):
+        """Forward hook: hand the output of a named module on without its history."""
+        if self.beside:
             return output
-        name = self.names[id(layer)]
-        if id(layer) in self._named:
+        if id(layer) in self.learning.modules:
+            name = self.names[id(layer)]
+            if id(layer) not in self._named or any(
+                [wants_input_gradient(name, each) for each in tensors_of([args, kwargs])]
+            ):
+                return output
             return self._named_passed(layer, name, output)
-        _, received = self._running.pop()
-        if id(layer) in self.waiting:
-            raise does_more(name)
-        passage = self.passages[-1]
-        heard = self.tape.maker(passage.source).inputs[0]
-        if self.tape.slot(output) != passage.target or self.tape.slot(received) != heard:
+        if not self.learning.running or self.learning.running[-1] is not layer:
+            return output  # left to autograd
+        self.learning.running.pop()
+        received, passage = self._received.pop(), self.passages[-1] if self.passages else None
+        if passage is None or self.order[-1].layer is not layer or not self.order[-1].is_module:
+            self._bare = False
+        elif (
+            self.tape.slot(output) != passage.target
+            or self.tape.slot(received) != self.tape.maker(passage.source).inputs[0]
+        ):
             self._bare = False
         return output
 
-    def _called(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
-        """Put the point of the layer that is running where its parameters are used."""
-        layer = self._running[-1][0] if self._running else None
-        if layer is None or not uses(layer, args, kwargs):
-            return result
-        if id(layer) not in self.waiting or not is_own_call(layer, func, args, kwargs):
-            raise does_more(self.names[id(layer)])
-        received = args[0] if args else kwargs["input"]
-        refuse_history(f"The input of the layer {self.names[id(layer)]!r}", received)
-        return self._pass(layer, result)
+    def _leaves(self, name: str, given: Sequence[Tensor]) -> bool:
+        """Whether parameters are called with something that wants a gradient by itself."""
+        others = [t for t in given if t not in self.learning and t.requires_grad and not self.tape.is_shared(t)]
+        if not any([wants_input_gradient(name, each) for each in others]):
+            return False
+        self.aside = True
+        return True
 
-    def _pass(self, layer: nn.Module, voltage: Tensor) -> Tensor:
-        point = self.waiting.pop(id(layer))
+    def _called(self, call: Operation, result: Any) -> Any:
+        """Put a point where samples meet parameters."""
+        if not any(p in self.learning for p in call.parameters) and not any(map(self.tape.shared, call.inputs)):
+            return result
+        if call.name in KERNELS:
+            raise hidden(call.name, self.learning.names(self.learning.bits(call.parameters)))
+        if all(map(self.tape.shared, call.outputs)):
+            spread = self.tape.spread(call)
+            if spread is None:
+                return result
+            call = spread
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        for slot in call.inputs:
+            if not self.tape.shared(slot):
+                refuse_history(f"What is given to {call.name}, beside parameters,", self.tape.tensor(slot))
+        point, segment = self._point(call)
+        return self._pass(point, result, segment)
+
+    def _point(self, call: Operation) -> tuple[ControlPoint, Segment | UseSegment | None]:
+        """The point of a call, and its segment if that is no layer's own call."""
+        shared = any(map(self.tape.shared, call.inputs))
+        places = [place for p in call.parameters if p in self.learning for place in self.learning.places(p)]
+        own = [] if shared else [p for p in places if p.is_module and is_own_call(p.layer, call)]
+        new = [p for p in own if not any(p.name == each.name for each in self.order)]
+        if new:
+            return new[0], None
+        segment = own_segment(call, [p for p in call.parameters if p in self.learning]) if not shared else None
+        found = segment or use_segment(call, self.tape.makers(), self.tape.layouts, self.learning)
+        first = (own or [place for p in found.parameters if p in self.learning for place in self.learning.places(p)])[0]
+        name, names = first.name.partition(".parametrizations.")[0], {p.name for p in self.order}
+        name = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}#{k}") not in names)
+        weight = segment.weight if isinstance(segment, Segment) else None
+        return ControlPoint(name, first.layer, use=tuple(found.parameters), multiplies=weight), found
+
+    def _pass(
+        self, point: ControlPoint, voltage: Tensor, segment: Segment | UseSegment | None = None, passed: int = 0
+    ) -> Tensor:
         self.order.append(point)
         with self.tape.paused():
             handed = cut(voltage, point.name)
-        self.passages.append(self.tape.passage(voltage, handed, self.bits[id(layer)]))
+        self.passages.append(self.tape.passage(voltage, handed, passed))
+        if segment is not None:
+            self._uses[id(self.passages[-1])] = segment
         return handed
 
     def _named_passed(self, layer: nn.Module, name: str, output: Any) -> Any:
@@ -167,7 +218,9 @@ class Recorder:
                 f"The module {name!r} returns {type(output).__name__}. One that is named in extra_points returns a "
                 "tensor, its voltage, or a tuple of which that is the first; call it from a module that does."
             )
-        handed = self.tape.look(self._pass(layer, voltage))
+        bit = self.learning.modules[id(layer)]
+        self.learning.used |= bit
+        handed = self.tape.look(self._pass(self.waiting.pop(id(layer)), voltage, passed=bit))
         return type(output)([handed, *self._set_aside(others, layer)]) if type(output) in (tuple, list) else handed
 
     def _set_aside(self, tree: Any, layer: nn.Module) -> Any:
@@ -176,7 +229,7 @@ class Recorder:
             name = self.names[id(layer)]
             with self.tape.paused():
                 handed = cut(tree, name)
-            self._aside[self.tape.wire(tree, handed, self.bits[id(layer)])] = name
+            self._aside[self.tape.wire(tree, handed, self.learning.modules[id(layer)])] = name
             return handed
         if type(tree) in (tuple, list):
             return type(tree)(self._set_aside(each, layer) for each in tree)
@@ -186,19 +239,21 @@ class Recorder:
         """Let go of what was recorded."""
         self.tape.close()
         self.step.open = False
-        self.passages, self._running, self._named = [], [], {}
+        self.passages, self._received, self._named, self._uses = [], [], {}, {}
+        self.learning.close()
 
     def check_complete(self) -> None:
         """Complain of layers that the pass did not reach, or that did not reach the output."""
         if self.aside and not self.order:
             raise only_aside()
-        if self.waiting:
-            names = [self.names[key] for key in self.waiting]
+        learning = self.learning
+        names = learning.names(learning.all & ~learning.used)
+        if names:
             raise (
                 only_without_gradients(names) if self.silent.issuperset(names) else not_reached(names, bool(self.order))
             )
         if self.tape.output is None:
-            lost = [self.names[key] for key, bit in self.bits.items() if not self.tape.reaches_end(bit)]
+            lost = learning.names(learning.all & ~self.tape.end())
             raise ControlError(
                 "The network has no output of the shape (B, n_L) that depends on all its layers"
                 + (f": that of {', '.join(lost)} is lost on the way. " if lost else ". ")
@@ -208,11 +263,12 @@ class Recorder:
             )
 
     def _reached(self, output: Tensor) -> Tensor:
+        assert self.tape.output is not None
         refuse_history("The network's output", output)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             self._join_norms(self.tape.program())
             program = self.tape.program()
-            _refuse_detach(program)
+            _refuse_detach(program, self.tape.layouts)
             self._refuse_aside(program)
             frame = self._full(finest(self.tape.frame(program), program), program)
             makers: dict[int, Operation] = {s: each for each in program for s in each.outputs}
@@ -221,11 +277,13 @@ class Recorder:
                 for s in each.inputs:
                     users.setdefault(s, []).append(each)
             segments = [
-                self._named[id(point.layer)] if point.is_named else segment_of(point, passage, makers)
+                self._named[id(point.layer)]
+                if point.is_named
+                else self._uses.get(id(passage)) or segment_of(point, passage, makers)
                 for point, passage in zip(self.order, self.passages)
             ]
             sites = [site_of(passage, users, frame) for passage in self.passages]
-            record = Record(program, segments, self.passages, sites, self.tape.output or Slot(0))
+            record = Record(program, segments, self.passages, sites, self.tape.output)
         layout = frame.layouts[record.output]
         handed = layout.first(output).flatten(1) if layout != FIRST else output
         taken = self._at_output(Recording(record, frame, self.order, self._bare), handed)
@@ -251,7 +309,7 @@ class Recorder:
         norms = {p.source: k for k, p in enumerate(self.passages) if not self.order[k].is_layer}
         inputs = {s: norms[out] for each in program for out in each.outputs if out in norms for s in each.inputs}
         for point, passage in zip(list(self.order), list(self.passages)):
-            if not isinstance(point.layer, LAYERS) or point.is_named or users.count(passage.target) != 1:
+            if not isinstance(point.layer, LAYERS) or not point.is_module or users.count(passage.target) != 1:
                 continue
             if passage.target in inputs:
                 k = inputs[passage.target]
@@ -299,6 +357,15 @@ def called_twice(name: str) -> ControlError:
     )
 
 
+def hidden(name: str, parameters: Sequence[str]) -> ControlError:
+    """What to say of a call that does more with parameters than one voltage tells."""
+    return ControlError(
+        f"The parameters {', '.join(parameters)} go into {name}, which returns several tensors: what it makes of them "
+        "inside is out of sight. Name the module that calls it in extra_points=['…'], to have it controlled as a "
+        "whole, write it in torch's functions of tensors, or freeze it with requires_grad_(False)."
+    )
+
+
 def not_reached(names: list[str], some: bool) -> ControlError:
     """What to say of layers that a pass did not reach; ``some`` if it has reached others."""
     if not some:
@@ -312,8 +379,9 @@ def not_reached(names: list[str], some: bool) -> ControlError:
     )
 
 
-def _refuse_detach(program: Sequence[Operation]) -> None:
-    if any(each.name == "detach" or each.function == Tensor.data.__get__ for each in program):  # type: ignore[attr-defined]
+def _refuse_detach(program: Sequence[Operation], layouts: Sequence[Layout | str]) -> None:
+    cutting = [each for each in program if each.name == "detach" or each.function == Tensor.data.__get__]  # type: ignore[attr-defined]
+    if any(layouts[each.outputs[0]] != SHARED for each in cutting):
         raise ControlError(
             "The network's output depends on a detach(), or on .data, within it: what is fed forward there, no error "
             "comes back for. Take it out, write it as an autograd.Function with a backward of its own, or freeze the "

@@ -13,19 +13,22 @@ from torch.overrides import TorchFunctionMode
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
 from dfc_lightning.operations.laying import beside, laid
-from dfc_lightning.operations.layout import FIRST, Layout
-from dfc_lightning.operations.linear import Product, Same
+from dfc_lightning.operations.layout import FIRST, SHARED, Layout
+from dfc_lightning.operations.linear import Expand, Product, Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import DROPOUT, Call, dropped, operation, refuse_unrepeatable
 from dfc_lightning.operations.surrogate import surrogate
 from dfc_lightning.recording.beside import refuse_unseen
+from dfc_lightning.recording.learning import Learning
+from dfc_lightning.recording.opened import opened
 from dfc_lightning.recording.outside import Outside
 from dfc_lightning.recording.own_backward import FunctionCall
 
-AtCall = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], Any], Any]
+AtCall = Callable[[Operation, Any], Any]
 
 
+_SPREADING = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 _LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 """Calls that look no more than at the type or shape of their second argument."""
 
@@ -42,13 +45,13 @@ def with_item(value: Tensor, index: Any, item: Any) -> Tensor:
 
 
 class Tape(TorchFunctionMode):
-    """Records what becomes of the layers' inputs while it is entered, up to the network's output.
+    """Records what becomes of what is given to calls with parameters, while it is entered, up to the network's output.
 
-    Every tensor that comes of a layer's input has a slot and a mask of the layers it has passed. The network's output
-    is the first matrix, (B, n_L), that has passed them all.
+    Every tensor that comes of a parameter, or of samples that have met one, has a slot and a mask of the parameters
+    that it depends on. The network's output is the first matrix, (B, n_L), that depends on them all.
 
     Args:
-        layers: how many layers there are.
+        learning: the parameters that are to be taught.
         at_output: called with the output; what it returns takes the output's place.
         at_call: given each recorded call and its result; what it returns takes the result's place.
         fixed: tensors that are the same for all samples, whatever their shape.
@@ -56,19 +59,19 @@ class Tape(TorchFunctionMode):
 
     def __init__(
         self,
-        layers: int,
+        learning: Learning,
         at_output: Callable[[Tensor], Tensor],
         at_call: AtCall,
         fixed: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
-        self._at_call = at_call
+        self._at_call, self._learning = at_call, learning
         self.masks: list[Slot] = []
         """Of dropout, in order."""
         self._fixed = {id(tensor) for tensor in fixed}
         self.operations: list[Operation] = []
         self.output: Slot | None = None
-        self._all, self._at_output = (1 << layers) - 1, at_output
+        self._at_output = at_output
         self.layouts: list[Layout | str] = []
         """Where the samples lie in the tensor of each slot; or why nowhere."""
         self.batch = 0
@@ -82,6 +85,7 @@ class Tape(TorchFunctionMode):
         self._own: dict[int, tuple[FunctionCall, Operation, dict[int, Slot]]] = {}  # by node
         self._paused = False
         self._calling = ""
+        self._last: Operation | None = None
         self._with_grad = torch.is_grad_enabled()
         self._recorders: dict[str, Callable[..., Any]] = {
             "__setitem__": self._set_item,
@@ -102,10 +106,16 @@ class Tape(TorchFunctionMode):
             if len(self._outside):
                 self._outside.follow(func, args, kwargs, result)
             return result
-        refuse_unrepeatable(func, args, kwargs)
-        self._calling = name
+        given = tensors_of([*args, *kwargs.values()])
+        if self._learning.leaves(given):
+            return func(*args, **kwargs)
+        written_out = opened(func, args, kwargs, any(each in self._learning for each in given))
+        if written_out is not None:
+            with self:
+                return written_out()
+        self._calling, self._last = name, None
         result = self._recorders.get(name, self._call)(func, args, kwargs)
-        return self.look(self._at_call(func, args, kwargs, result))
+        return self.look(result if self._last is None else self._at_call(self._last, result))
 
     @property
     def beside(self) -> bool:
@@ -116,6 +126,8 @@ class Tape(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         slots = self._slotted(func, args, kwargs)
+        if any(self.layouts[s] != SHARED for s in slots_in(slots)):
+            refuse_unrepeatable(func, args, kwargs)
         overwrites = writes_into_argument(func, args, kwargs)
         if overwrites:
             self._keep(args[0] if args else kwargs["input"])
@@ -222,6 +234,12 @@ class Tape(TorchFunctionMode):
             lost = f"in a tensor of the shape {shape} that is made outside it, {self.batch} samples have no place"
             return self._new(tensor, 0, layout or lost)
 
+    def receive(self, tensor: Tensor) -> None:
+        """Take what a layer is given for samples, if it has as many in the first dimension or they are the first."""
+        fits = tensor.dim() > 0 and (not self._values or tensor.shape[0] == self.batch)
+        if tensor not in self._learning and (fits or tensor.grad_fn is not None):
+            self.enter(tensor)
+
     def expect(self, tree: Any) -> None:
         """Take what a module is given for samples, in the first dimension, if nothing was before."""
         if self.batch or self._paused or self.beside:
@@ -229,25 +247,25 @@ class Tape(TorchFunctionMode):
         with self.paused():
             self.batch = self._outside.expect(tree)
 
-    def passage(self, arriving: Tensor, handed: Tensor, layers: int) -> Passage:
+    def passage(self, arriving: Tensor, handed: Tensor, passed: int = 0) -> Passage:
         """Let ``arriving`` pass a control point.
 
         Args:
             arriving: the voltage.
             handed: what is handed on for it, without its history.
-            layers: bits of the layers that have made it.
+            passed: bits of parameters that have made it out of sight.
         """
         with self.paused():
             source = self.enter(arriving)
-            found = Passage(source, self._new(handed, self._passed[source] | layers, self.layouts[source]))
+            found = Passage(source, self._new(handed, self._passed[source] | passed, self.layouts[source]))
         self.operations.append(found)
         return found
 
-    def wire(self, arriving: Tensor, handed: Tensor, layers: int) -> Slot:
-        """Let ``handed`` stand for ``arriving``, which layers have made; the slot of it."""
+    def wire(self, arriving: Tensor, handed: Tensor, passed: int) -> Slot:
+        """Let ``handed`` stand for ``arriving``, which parameters of these bits have made; the slot of it."""
         with self.paused():
             source = self.enter(arriving)
-            target = self._new(handed, self._passed[source] | layers, self.layouts[source])
+            target = self._new(handed, self._passed[source] | passed, self.layouts[source])
         self.operations.append(Same(hand_on, [source], {}, [source], [target]))
         return target
 
@@ -255,11 +273,43 @@ class Tape(TorchFunctionMode):
         """The slot of a tensor; None if it has none."""
         return self._slot.get(id(tensor))
 
+    def tensor(self, slot: Slot) -> Tensor:
+        """The tensor of a slot, with its history."""
+        return self._alive[slot]
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known, and no samples are in it."""
+        slot = self._slot.get(id(tensor))
+        return slot is not None and self.shared(slot)
+
+    def shared(self, slot: Slot) -> bool:
+        """Whether no samples are in the tensor of a slot."""
+        return self.layouts[slot] == SHARED
+
+    def spread(self, call: Operation) -> Operation | None:
+        """Take what a call has made of parameters alone for one for each sample, if it has as many in a row."""
+        made = self.tensor(call.outputs[0])
+        sources = [*(self.tensor(s) for s in call.inputs), *call.parameters]
+        if call.name not in _SPREADING or len(made) != self.batch or len(sources) != 1:
+            return None
+        with self.paused(), torch.no_grad():
+            source = sources[0]
+            if source.dim() == made.dim() and len(source) != 1 or not torch.equal(source.expand(made.shape), made):
+                return None
+            slot = self._slot.get(id(source))
+            if slot is None:
+                slot = self._new(source, 0, SHARED)
+                self.operations.insert(-1, Operation(hand_on, [source], {}, [], [slot]))
+        found = Expand(Tensor.expand, [slot, *made.shape], {}, [slot], call.outputs, shape=made.shape)
+        self.layouts[call.outputs[0]] = FIRST
+        self.operations[-1] = found
+        return found
+
     def look(self, result: Any) -> Any:
         """Notice the network's output."""
         if isinstance(result, Tensor) and result.dim() == 2 and self.output is None:
             slot = self._slot.get(id(result))
-            if slot is not None and self._passed[slot] == self._all:
+            if slot is not None and self._passed[slot] == self._learning.all and self.layouts[slot] != SHARED:
                 self.output = slot
                 return self._at_output(result)
         return result
@@ -269,6 +319,10 @@ class Tape(TorchFunctionMode):
     def maker(self, slot: Slot) -> Operation:
         """The operation that gives a slot its tensor."""
         return next(each for each in self.operations if slot in each.outputs)
+
+    def makers(self) -> dict[int, Operation]:
+        """By slot, the operation that gives it its tensor."""
+        return {s: each for each in self.operations for s in each.outputs}
 
     def dissolve(self, passage: Passage) -> None:
         """Make a passage a mere wire: the point lies further on."""
@@ -315,20 +369,21 @@ class Tape(TorchFunctionMode):
         layouts = cast("list[Layout]", self.layouts)  # of those that are used
         return Frame(values, self.batch, self._values[self.output].dtype, layouts)
 
-    def reaches_end(self, layer: int) -> bool:
-        """Whether the last recorded tensor depends on the layer of this bit."""
-        return bool(self._passed and self._passed[-1] & layer)
+    def end(self) -> int:
+        """Bits of the parameters that the last recorded tensor depends on."""
+        return self._passed[-1] if self._passed else 0
 
     def close(self) -> None:
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
         self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
-        self._at_output, self._at_call = lambda output: output, lambda func, args, kwargs, result: result
+        self._at_output, self._at_call = lambda output: output, lambda call, result: result
         self._own = {}
 
     # Slots
 
     def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        return any(self._resolve(t) is not None for t in tensors_of([*args, *kwargs.values()]))
+        given = tensors_of([*args, *kwargs.values()])
+        return any(self._resolve(t) is not None or t in self._learning for t in given)
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a module, its tensors of samples replaced by their slots."""
@@ -342,7 +397,8 @@ class Tape(TorchFunctionMode):
     def _slotted(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a call, its tensors of samples replaced by their slots."""
         tensors = tensors_of([*args, *kwargs.values()])
-        near = [(found, t) for t in tensors if not isinstance(found := self._place(t), (str, type(None)))]
+        places = [(self._place(t), t) for t in tensors]
+        near = [(found, t) for found, t in places if isinstance(found, Layout) and found != SHARED]
 
         def place(tensor: Tensor) -> Layout | None:
             return beside(func, args, kwargs, tensor, near)
@@ -400,7 +456,7 @@ class Tape(TorchFunctionMode):
         made = tensors_of(result)
         if not made or (not overwrites and all(id(t) in self._slot for t in made)):
             return  # nothing to follow, or what was there before
-        inputs, passed = slots_in((args, kwargs)), 0
+        inputs, passed = slots_in((args, kwargs)), self._learning.bits(tensors_of([args, kwargs]))
         for slot in inputs:
             passed |= self._passed[slot]
         if passed and any(t.is_complex() for t in made):
@@ -413,7 +469,8 @@ class Tape(TorchFunctionMode):
         call = Call(func, args, kwargs, inputs, outputs, self._values)
         for slot, layout in zip(outputs, laid(call, self.layouts)):
             self.layouts[slot] = layout
-        self.operations.append(operation(call))
+        self._last = operation(call)
+        self.operations.append(self._last)
 
 
 def entangled(name: str, cause: str) -> ControlError:

@@ -261,5 +261,5 @@ def test_what_is_frozen_does_not_count():
 
 
 def test_a_training_that_blows_up_is_not_stopped():
-    pages, _ = watched(AlignmentMonitor(1, tau_ratio=0.2), module=Innocent(lr=1e30))
+    pages, _ = watched(AlignmentMonitor(1, tau_ratio=0.2), module=Innocent(lr=math.inf))
     assert len(pages) == 2 * BATCHES and math.isnan(pages[2 * BATCHES]["condition_3"])

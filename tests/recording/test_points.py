@@ -44,6 +44,7 @@ def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), *layers)
 
 
+torch.manual_seed(0)
 GENERAL = {
     "conv": images(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)),
     "batch norm": sequential(nn.BatchNorm1d(5), nn.Tanh()),
