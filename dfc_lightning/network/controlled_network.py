@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from dfc_lightning.recording.recorder import Recorder, Recording
 from dfc_lightning.recording.structure import Structure
 
 AtOutput = Callable[[ForwardPass, Tensor], Tensor]
+Output = Literal["first", "returned"]
+OUTPUTS = ("first", "returned")
 
 LISTED_UP_TO = 40
 """Control points that are told one by one."""
@@ -42,17 +44,18 @@ class ControlledNetwork:
     """Finds the control points of a module and owns its feedback weights, one tensor a point.
 
     The module itself is left as it is: hooks are on it only inside :meth:`watched`. The first forward pass seen
-    there finds the order of the layers and what lies between them. Dense layers with elementwise functions between
-    them are a chain, with the closed forms of :class:`DensePass`; anything else is a :class:`RecordedPass`. The
-    network's output r_L is the first matrix, (B, n_L), that depends on all layers; what follows it, a log-softmax say,
-    counts as part of the loss.
+    there finds the points and what lies between them: a point is a use of parameters, wherever samples meet them. Dense
+    layers with elementwise functions between them are a chain, with the closed forms of :class:`DensePass`; anything
+    else is a :class:`RecordedPass`. The network's output r_L is the first matrix, (B, n_L), that depends on all
+    parameters; what follows it, a log-softmax say, counts as part of the loss. Where there is no such matrix it is what
+    the outermost module returns, maps, sequences and several heads one after the other, or what a loss is first taken
+    of.
 
     Feedback weights are made when a rule that has some first needs them: in the first pass that it teaches, or that is
     observed.
 
     Args:
-        module: any module whose trainable parameters are those of linear and convolutional layers and of
-            normalisations.
+        module: any module, in torch's functions of tensors.
         network: name of the submodule to control; None if all trainable parameters belong to it.
         feedback_init: initial direct feedback weights, see :func:`initial_direct`; None for what the rule that first
             needs them is meant to have.
@@ -64,6 +67,10 @@ class ControlledNetwork:
         extra_points: names of submodules, of any kind, whose output, as a whole, is a control point. Each returns a
             tensor, or a tuple whose first is meant, and is called once more for its update, as
             :class:`NamedSegment` says.
+
+        output: what r_L is: ``"first"``, the first matrix that depends on all parameters; ``"returned"``, all tensors
+            that the module returns and parameters have made, one after the other, as a VAE's that returns mean and
+            variance beside what it decodes.
 
     Raises:
         ControlError: the module cannot be controlled; the message says why and what to do.
@@ -78,13 +85,16 @@ class ControlledNetwork:
         conv_feedback: ConvFeedback = "auto",
         general: bool = False,
         extra_points: Sequence[str] = (),
+        output: Output = "first",
     ) -> None:
         known = feedback_init is None or feedback_init in FEEDBACK_INITS
         require(known, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
+        require(output in OUTPUTS, "output", output, f"choose one of {OUTPUTS}")
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.module = module
         self._scope = network, tuple(extra_points)
         self.conv_feedback, self.general = conv_feedback, general
+        self.as_returned = output == "returned"
         self.weights = FeedbackWeights(feedback_init, torch.initial_seed() if seed is None else seed)
         self.points: list[ControlPoint] = find_points(module, *self._scope)
         self.lessons = 0
@@ -242,6 +252,7 @@ class ControlledNetwork:
                 stack.enter_context(function_calls(watch.tape.note))
                 for module in self._around():
                     stack.callback(module.register_forward_pre_hook(watch.arriving, with_kwargs=True).remove)
+                    stack.callback(module.register_forward_hook(watch.returning, with_kwargs=True).remove)
                 stack.enter_context(watch.tape)
             yield
             watch.check_complete()
@@ -276,7 +287,7 @@ class ControlledNetwork:
         def recorded(recording: Recording, output: Tensor) -> Tensor:
             return at_output(self._see(recording), output)
 
-        return Recorder(self._layers, recorded, self.dtype, self.module.buffers())
+        return Recorder(self._layers, recorded, self.dtype, self.module.buffers(), self.as_returned)
 
     def _see(self, recording: Recording) -> ForwardPass:
         """The recorded pass; what it shows of the network is taken over, or must be as before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -60,3 +61,17 @@ def tensors_of(result: Any) -> list[Tensor]:
     if isinstance(result, dict):
         return [t for each in result.values() for t in tensors_of(each)]
     return []
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What :func:`tensors_of` looks into, with other tensors in it."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        changed = copy.copy(tree)  # of a subclass too
+        for key, value in tree.items():
+            changed[key] = mapped(value, change)
+        return changed
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(each, change) for each in tree))
+    return type(tree)(mapped(each, change) for each in tree) if isinstance(tree, (tuple, list)) else tree

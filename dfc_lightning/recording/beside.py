@@ -25,7 +25,8 @@ class _Cut(torch.autograd.Function):
         raise ControlError(
             f"The loss depends on what the layer {ctx.cut_at!r} has computed by a way beside the network's output. "
             "Feedback control takes the loss of that output alone, and would not teach the rest: let the last layer "
-            "come last, and detach() what is only to be looked at."
+            "come last, detach() what is only to be looked at, or let the network return what the loss is of, and say "
+            "output='returned'."
         )
 
 

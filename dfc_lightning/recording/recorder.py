@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.operations.arguments import tensors_of
+from dfc_lightning.operations.arguments import mapped, tensors_of
 from dfc_lightning.operations.layout import FIRST, SHARED, Layout
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
@@ -68,6 +68,7 @@ class Recorder:
         at_output: called with the recording and the output; what it returns takes the output's place.
         dtype: of the recorded values.
         fixed: see :class:`Tape`.
+        as_returned: whether the output is all that the outermost module returns, not the first matrix.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Recorder:
         at_output: Callable[[Recording, Tensor], Tensor],
         dtype: torch.dtype,
         fixed: Iterable[Tensor] = (),
+        as_returned: bool = False,
     ) -> None:
         self.learning = Learning(points, self._leaves)
         self.names = {id(p.layer): p.name for p in reversed(points)}
         self.waiting = {id(p.layer): p for p in points if p.is_named}
-        self.tape = Tape(self.learning, self._reached, self._called, fixed)
+        self.tape = Tape(self.learning, self._reached, self._called, fixed, as_returned)
         self.order: list[ControlPoint] = []
         self.passages: list[Passage] = []
         self.step, self.aside = Step(), False
@@ -89,7 +91,7 @@ class Recorder:
         self._named: dict[int, NamedSegment] = {}
         self._uses: dict[int, Segment | UseSegment] = {}  # by passage
         self._aside: dict[Slot, str] = {}  # what named modules return beside their voltages
-        self._bare = True
+        self._bare, self._depth = True, 0
         self._at_output, self._dtype = at_output, dtype
 
     @property
@@ -99,7 +101,20 @@ class Recorder:
 
     def arriving(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of what the layers are in: what the outermost is given are the samples."""
+        self._depth += 1
         self.tape.expect([args, kwargs])
+
+    def returning(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of what the layers are in: what the outermost returns is the output, if none was seen before."""
+        self._depth -= 1
+        given = tensors_of(output)
+        if self._depth or self.beside or self.tape.output is not None or not given:
+            return output
+        reached = self.tape.reach(given)
+        if reached is None:
+            return output
+        instead = {id(old): new for old, new in zip(given, reached)}
+        return mapped(output, lambda tensor: instead[id(tensor)])
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: note what the module is about to hear."""

@@ -28,6 +28,14 @@ from dfc_lightning.recording.own_backward import FunctionCall
 AtCall = Callable[[Operation, Any], Any]
 
 
+_LOSSES: tuple[str, ...] = (
+    "cross_entropy",
+    "nll_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "mse_loss",
+)
+_LOSSES += ("l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss", "ctc_loss")
 _SPREADING = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 _LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 """Calls that look no more than at the type or shape of their second argument."""
@@ -55,6 +63,7 @@ class Tape(TorchFunctionMode):
         at_output: called with the output; what it returns takes the output's place.
         at_call: given each recorded call and its result; what it returns takes the result's place.
         fixed: tensors that are the same for all samples, whatever their shape.
+        as_returned: let the output be what :meth:`reach` is given, not the first matrix.
     """
 
     def __init__(
@@ -63,8 +72,10 @@ class Tape(TorchFunctionMode):
         at_output: Callable[[Tensor], Tensor],
         at_call: AtCall,
         fixed: Iterable[Tensor] = (),
+        as_returned: bool = False,
     ) -> None:
         super().__init__()
+        self.as_returned = as_returned
         self._at_call, self._learning = at_call, learning
         self.masks: list[Slot] = []
         """Of dropout, in order."""
@@ -99,6 +110,13 @@ class Tape(TorchFunctionMode):
         if self.output is not None or self._paused or torch.is_grad_enabled() != self._with_grad:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _LOSSES and (args or "input" in kwargs):
+            first = args[0] if args else kwargs["input"]
+            with self:
+                reached = self.reach([first])
+            if reached is not None:
+                args, kwargs = ((*reached, *args[1:]), kwargs) if args else (args, {**kwargs, "input": reached[0]})
+                return func(*args, **kwargs)
         if name.endswith("_like") or name.startswith("new_"):
             return func(*args, **kwargs)
         if not (self._concerned(args[:1], {}) if name in _LIKE else self._concerned(args, kwargs)):
@@ -305,14 +323,44 @@ class Tape(TorchFunctionMode):
         self.operations[-1] = found
         return found
 
-    def look(self, result: Any) -> Any:
-        """Notice the network's output."""
-        if isinstance(result, Tensor) and result.dim() == 2 and self.output is None:
+    def look(self, result: Any, whole: bool = False) -> Any:
+        """Notice the network's output; ``whole`` says that it is all of what is returned."""
+        wanted = self.output is None and (whole or not self.as_returned)
+        if wanted and isinstance(result, Tensor) and result.dim() == 2:
             slot = self._slot.get(id(result))
             if slot is not None and self._passed[slot] == self._learning.all and self.layouts[slot] != SHARED:
                 self.output = slot
                 return self._at_output(result)
         return result
+
+    def reach(self, outputs: Sequence[Any]) -> list[Tensor] | None:
+        """Take tensors for the network's output, one after the other, if they depend on all parameters together.
+
+        Of what is no float, and of what no parameter has made, no error comes back.
+
+        Returns:
+            What takes their places; None if they are no output, or a matrix, which would have been noticed.
+        """
+        slots = [self._slot.get(id(each)) for each in outputs]
+        mine = [
+            (k, self.layouts[s])
+            for k, s in enumerate(slots)
+            if s is not None and self._passed[s] and not self.shared(s) and outputs[k].is_floating_point()
+        ]
+        passed = 0
+        for k, _ in mine:
+            passed |= self._passed[slots[k] or 0]
+        if self.output is not None or not mine or passed != self._learning.all:
+            return None
+        if any(isinstance(layout, str) for _, layout in mine):
+            return None
+        parts = [layout.first(outputs[k]).flatten(1) for k, layout in mine if isinstance(layout, Layout)]
+        whole = self.look(torch.cat(parts, dim=1), whole=True)  # recorded, as this is called while the tape is entered
+        found = list(outputs)
+        for (k, layout), part in zip(mine, whole.split([p.shape[1] for p in parts], dim=1)):
+            assert isinstance(layout, Layout)
+            found[k] = layout.back(part.view(layout.first(outputs[k]).shape))
+        return found
 
     # What has been recorded
 
@@ -401,6 +449,9 @@ class Tape(TorchFunctionMode):
         near = [(found, t) for found, t in places if isinstance(found, Layout) and found != SHARED]
 
         def place(tensor: Tensor) -> Layout | None:
+            indices = self._calling == "embedding" and tensor.dim() > 1 and not tensor.is_floating_point()
+            if indices and tensor.shape[0] == self.batch:  # kinds of words, say, all zero by default
+                return FIRST
             return beside(func, args, kwargs, tensor, near)
 
         return self._with_slots(args, place), self._with_slots(kwargs, place)

@@ -16,7 +16,7 @@ from typing_extensions import override
 from dfc_lightning.errors import require
 from dfc_lightning.feedback_learning.learner import EVERY_BATCH, MIRRORED, FeedbackLearner, FeedbackLearning, Ranks
 from dfc_lightning.feedback_learning.tracking import Tracking
-from dfc_lightning.network.controlled_network import ControlledNetwork
+from dfc_lightning.network.controlled_network import OUTPUTS, ControlledNetwork, Output
 from dfc_lightning.network.gate import Lesson, LossReduction
 from dfc_lightning.network.initial_feedback import FEEDBACK_INITS, FeedbackInit
 from dfc_lightning.network.judging import judged
@@ -72,6 +72,7 @@ class ControlledTraining(InStep):
         seed: int | None = None,
         conv_feedback: ConvFeedback = "auto",
         extra_points: Sequence[str] = (),
+        output: Output = "first",
         watch: Watch = "warn",
         **kwargs: Any,
     ) -> None:
@@ -91,6 +92,7 @@ class ControlledTraining(InStep):
                 ``seed_everything``.
             conv_feedback: feedback of convolutions; see :class:`ControlledNetwork`.
             extra_points: names of further submodules to control as a whole; see :class:`ControlledNetwork`.
+            output: ``"returned"`` for a network whose loss is of all that it returns; see :class:`ControlledNetwork`.
             watch: what to do when learning fails, by samples that do not settle, feedback that does not follow the
                 network, updates of another size than backprop's, or a loss that rises: ``"warn"`` once a run of each,
                 ``"stop"`` with an error, or ``"off"``.
@@ -116,7 +118,8 @@ class ControlledTraining(InStep):
         self.network_name, self.loss_reduction, self.seed = network, loss_reduction, seed
         require(conv_feedback in CONV_FEEDBACK, "conv_feedback", conv_feedback, f"choose one of {CONV_FEEDBACK}")
         self.conv_feedback: ConvFeedback = conv_feedback
-        self.extra_points = tuple(extra_points)
+        require(output in OUTPUTS, "output", output, f"choose one of {OUTPUTS}")
+        self.extra_points, self.output = tuple(extra_points), output
         known = feedback_init is None or feedback_init in FEEDBACK_INITS
         require(known, "feedback_init", feedback_init, f"choose one of {FEEDBACK_INITS}")
         self.feedback_init = feedback_init
@@ -196,7 +199,13 @@ class ControlledTraining(InStep):
     ) -> ControlledNetwork:
         """A controlled network of a module by this strategy's arguments."""
         return ControlledNetwork(
-            module, self.network_name, feedback_init, seed, self.conv_feedback, extra_points=self.extra_points
+            module,
+            self.network_name,
+            feedback_init,
+            seed,
+            self.conv_feedback,
+            extra_points=self.extra_points,
+            output=self.output,
         )
 
     def _set_up_feedback(self, network: ControlledNetwork) -> None:

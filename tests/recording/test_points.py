@@ -133,10 +133,9 @@ def test_a_chain_in_evaluation_may_drop_units_in_training_and_is_followed_in_eac
         assert all((a - b).norm() <= 1e-9 * b.norm() for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 7, 6)])
-def test_outputs_that_are_no_batch_of_vectors_are_refused(shape):
+def test_an_output_that_is_no_batch_of_vectors_is_refused():
     with pytest.raises(ControlError, match=r"no output of the shape \(B, n_L\).*[Ff]latten"):
-        ControlledNetwork(sequential(nn.Tanh())).observe(torch.randn(shape))
+        ControlledNetwork(sequential(nn.Tanh())).observe(torch.randn(6))
 
 
 def test_a_chain_keeps_to_inputs_of_one_shape():

@@ -117,18 +117,6 @@ def statistics(m: Via, x: Tensor) -> Tensor:
     return m.c(torch.tanh(m.b(m.n(torch.stack([m.a(x), x[:, :5]], 2)).sum(2))))
 
 
-def steps(end: Callable[[Tensor], Tensor]) -> nn.Module:
-    class Steps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return end(self.b(torch.tanh(self.a(x.view(-1, 2, 3)))))
-
-    return Steps()
-
-
 def encoder(dropout: float) -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout, batch_first=True)
     layer.self_attn.dropout = 0.0 if dropout else layer.self_attn.dropout
@@ -231,11 +219,6 @@ CASES = {
             "freeze": (lambda: frozen(Via(lambda m, x: m.b(torch.tanh(m.a(x)))), "c"), {}),
             "network": (lambda: Via(lambda m, x: m.n(x), n=chain(nn.Tanh())), {"network": "n"}),
         },
-    ),
-    "no matrix for an output": Case(
-        lambda: steps(lambda v: v),
-        "flatten or average",
-        {"flatten": (lambda: steps(lambda v: v.flatten(1)), {}), "average": (lambda: steps(lambda v: v.mean(1)), {})},
     ),
 }
 
