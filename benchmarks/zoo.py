@@ -12,7 +12,9 @@ import torch.nn.functional as F
 import torchvision.models as tv
 from torch import Tensor, nn
 
-from dfc_lightning.data import CIFAR10, Digits
+from dfc_lightning.data import CIFAR10, Digits, Documentation
+from dfc_lightning.data.documentation import KINDS
+from dfc_lightning.models import GPT
 from dfc_lightning.network.controlled_network import Output
 
 Batch = tuple[Tensor, Tensor]
@@ -64,21 +66,11 @@ def digits() -> Batch:
 
 
 @cache
-def characters() -> tuple[Tensor, int]:
-    """Python's own documentation in plain text, character by character, and how many there are."""
-    text = "\n".join(pydoc_data.topics.topics.values())
-    known = sorted(set(text))
-    index = {c: k for k, c in enumerate(known)}
-    return torch.tensor([index[c] for c in text]), len(known)
-
-
-@cache
-def text(length: int = 64) -> Batch:
-    """Pieces of the documentation, and the same a character later."""
-    data, _ = characters()
-    pieces = data[: len(data) // (length + 1) * (length + 1)].view(-1, length + 1)
-    pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
-    return pieces[:, :-1], pieces[:, 1:]
+def text() -> Batch:
+    """Pieces of Python's documentation, and the same a character later."""
+    data = Documentation()
+    data.setup()
+    return data.train_set.inputs, data.train_set.targets
 
 
 @cache
@@ -97,33 +89,6 @@ def topics(length: int = 32, kinds: int = 8) -> Batch:
 
 
 # Networks
-
-
-class GPT(nn.Module):
-    """A language model of characters whose last layer is its embedding (Radford et al. 2019, small)."""
-
-    def __init__(
-        self, width: int = 64, layers: int = 2, heads: int = 4, length: int = 64, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        kinds = characters()[1]
-        self.words, self.places = nn.Embedding(kinds, width), nn.Embedding(length, width)
-        options = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": dropout}
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(layers)
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, kinds, bias=False)
-        self.head.weight = self.words.weight
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.places.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Characters (B, T) to logits (B, T, V) of the next ones."""
-        h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        for block in self.blocks:
-            h = block(h, src_mask=mask, is_causal=True)
-        return self.head(self.norm(h))
 
 
 class Rows(nn.Module):
@@ -266,7 +231,9 @@ MODELS: dict[str, Model] = {
     "timm mixer_s32": Model(partial(of_timm, "mixer_s32_224", img_size=64), partial(images, 64), classified),
     "timm efficientnet_lite0": Model(partial(of_timm, "efficientnet_lite0"), images, classified),
     "transformers BERT": Model(bert, topics, lambda net, b: F.cross_entropy(net(input_ids=b[0]).logits, b[1])),
-    "GPT, tied embeddings": Model(GPT, text, lambda net, b: F.cross_entropy(net(b[0]).flatten(0, 1), b[1].flatten())),
+    "GPT, tied embeddings": Model(
+        partial(GPT, KINDS), text, lambda net, b: F.cross_entropy(net(b[0]).flatten(0, 1), b[1].flatten())
+    ),
     "LSTM": Model(partial(Rows, nn.LSTM), digits, classified),
     "GRU": Model(partial(Rows, nn.GRU), digits, classified),
     "Elman": Model(Elman, digits, classified),

@@ -49,10 +49,11 @@ RULES = {
 BENCHMARKS = {
     "cifar10": Column("CIFAR-10, test error, %"),
     "cifar10_short": Column("CIFAR-10 in ten epochs, test error, %"),
+    "text": Column("Python's documentation by characters, test loss, nats", digits=3),
 }
 """Columns of the field's benchmark by the folder of their recipes, whose names are network_rule."""
 
-NETWORKS = {"vgg5": "VGG-5", "resnet8": "ResNet-8", "resnet20": "ResNet-20"}
+NETWORKS = {"vgg5": "VGG-5", "resnet8": "ResNet-8", "resnet20": "ResNet-20", "vit": "ViT", "gpt": "GPT"}
 """Its networks."""
 
 FIELD = {
