@@ -11,6 +11,7 @@ from torch import Tensor
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named
 from dfc_lightning.operations.batch_norm import BatchNorm
+from dfc_lightning.operations.layer_norm import LayerNorm
 from dfc_lightning.operations.linear import Expand, Linear, Product, Reshape, Same, Sum, Weighted
 from dfc_lightning.operations.max_pool import MaxPool
 from dfc_lightning.operations.nonlinearity import Clamp, Elementwise, LeakyReLU, Nonlinearity, ReLU, Sigmoid, Tanh
@@ -90,6 +91,11 @@ def _weighted(call: Call) -> Operation | None:
 @handles(["batch_norm"])
 def _batch_norm(call: Call) -> Operation | None:
     return BatchNorm(*call.parts, x=call.x) if call.one else None
+
+
+@handles(["layer_norm", "rms_norm"])
+def _layer_norm(call: Call) -> Operation | None:
+    return LayerNorm(*call.parts, centred=call.name == "layer_norm") if call.one else None
 
 
 @handles(["to", "float", "half", "double", "bfloat16", "type_as", "clone", "contiguous", "detach", "alias"])
