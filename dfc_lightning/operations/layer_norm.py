@@ -50,9 +50,7 @@ class LayerNorm(Operation):
 
         def make() -> tuple[Tensor, Tensor]:
             x = self._less_mean(frame[self.inputs[0]])
-            eps = self.arguments.get("eps", 1e-5)
-            eps = torch.finfo(x.dtype).eps if eps is None else eps
-            return x, (x.square().mean(self.dims, keepdim=True) + eps).rsqrt()
+            return x, (x.square().mean(self.dims, keepdim=True) + self.arguments.get("eps", 1e-5)).rsqrt()
 
         return frame.once((self, "parts"), make)  # type: ignore[no-any-return]
 

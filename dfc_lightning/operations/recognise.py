@@ -95,7 +95,9 @@ def _batch_norm(call: Call) -> Operation | None:
 
 @handles(["layer_norm", "rms_norm"])
 def _layer_norm(call: Call) -> Operation | None:
-    return LayerNorm(*call.parts, centred=call.name == "layer_norm") if call.one else None
+    centred = call.name == "layer_norm"
+    eps = named(call.function, call.args, call.kwargs).get("eps")  # what rms_norm takes by default torch does not tell
+    return LayerNorm(*call.parts, centred=centred) if call.one and (centred or eps is not None) else None
 
 
 @handles(["to", "float", "half", "double", "bfloat16", "type_as", "clone", "contiguous", "detach", "alias"])

@@ -23,7 +23,7 @@ def made(kind: str, shape: str, dtype: torch.dtype) -> tuple[LayerNorm, Frame, T
     size, over, layout = SHAPES[shape]
     x = torch.randn(size, generator=generator, dtype=torch.float64).mul(2).add(3).to(dtype)
     weight, bias = (torch.randn(over, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    function, rest = (F.layer_norm, [bias]) if kind == "layer" else (F.rms_norm, [])
+    function, rest = (F.layer_norm, [bias]) if kind == "layer" else (F.rms_norm, [1e-3])
     call = LayerNorm(function, [Slot(0), over, weight, *rest], {}, [Slot(0)], [Slot(1)], centred=kind == "layer")
     return call, Frame([x, call.at(lambda slot: x, dtype)[0]], 6, dtype, [layout, layout]), x
 
