@@ -128,7 +128,7 @@ def main() -> None:
     """Run what is missing, and write the table into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[""], help="parts of the names of models (default: all)")
-    parser.add_argument("--steps", default=120, type=int, help="training steps (default: 120)")
+    parser.add_argument("--steps", default=60, type=int, help="training steps (default: 60)")
     parser.add_argument("--lr", default=1e-3, type=float, help="Adam's learning rate (default: 1e-3)")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int, help="CPU threads of torch")
     parser.add_argument("--out", default=Path("results/architectures.jsonl"), type=Path, help="where the lines are")

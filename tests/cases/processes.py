@@ -198,6 +198,9 @@ def distance(a: Any, b: Any, at: str = "") -> dict[str, float]:
         x, y = torch.as_tensor(a).double(), torch.as_tensor(b).double()
         assert bool(torch.isfinite(x).all()), at
         floor = 1.0 if at.endswith("residual") else 1e-3  # a residual is relative already
+        assert x.shape == y.shape, at
+        if x.numel() == 0:
+            return {}
         return {at: float((x - y).abs().max() / x.abs().max().clamp_min(floor))}
     assert a == b, (at, a, b)
     return {}
