@@ -93,7 +93,7 @@ def test_a_run_resumes_bit_for_bit(case, tmp_path):
 def test_it_learns_what_it_has_not_seen_in_mixed_precision(case):
     held, module = clusters(300, seed=1), with_net(Innocent(), case)
     settings = {**RULES[case.split(", ")[1]], "seed": 1}
-    quiet(DFCStrategy(**settings), max_epochs=8, precision="bf16-mixed").fit(module, loader(clusters(240), 24))
+    quiet(DFCStrategy(**settings), max_epochs=8, precision="bf16-mixed").fit(module, loader(clusters(240), 16))
     with torch.no_grad():
         found = (module(held.tensors[0]).argmax(1) == held.tensors[1]).float().mean()
     assert found > 0.7  # chance is a third
