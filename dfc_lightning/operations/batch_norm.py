@@ -53,7 +53,9 @@ class BatchNorm(Exact):
         if not (live and self.by_batch):
             return [error * _per_channel(self.scale, error)]
 
-        x, layout = frame[self.inputs[0]], frame.layouts[self.inputs[0]]
+        # The batch is normalised feedforward: only there is its mean zero and its size one, and only by that derivative
+        # does no error ask of the layers before to move what is taken out again.
+        x, layout = (frame.fed or frame)[self.inputs[0]], frame.layouts[self.inputs[0]]
         weight = None if self.weight is None else self.weight.detach().to(x)
         moments = self.mean.to(x), (self.variance + self.eps).rsqrt().to(x)
         wanted, backward = [True, False, False], torch.ops.aten.native_batch_norm_backward

@@ -39,6 +39,7 @@ class Frame:
         dtype: of the values.
         layouts: where the samples lie in each.
         reach: β⁻ and β⁺ of finite differences, by which errors cross nonlinearities; None for derivatives.
+        fed: the feedforward values, of a controlled state; None if these are they.
     """
 
     values: list[Tensor | None]
@@ -47,6 +48,7 @@ class Frame:
     layouts: Sequence[Layout]
     derived: dict[Any, Any] = field(default_factory=dict)
     reach: tuple[float, float] | None = None
+    fed: Frame | None = None
 
     def __getitem__(self, slot: int) -> Tensor:
         value = self.values[slot]
@@ -67,7 +69,8 @@ class Frame:
                 return before
             return before + change if before.is_floating_point() else change
 
-        return Frame([value(v, d) for v, d in zip(self.values, moved)], self.batch, self.dtype, self.layouts)
+        values = [value(v, d) for v, d in zip(self.values, moved)]
+        return Frame(values, self.batch, self.dtype, self.layouts, fed=self)
 
     def first(self, slot: int) -> Tensor:
         """A value with the samples in its first dimension."""

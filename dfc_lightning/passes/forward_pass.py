@@ -279,7 +279,8 @@ class ForwardPass(ABC, Generic[D]):
             through: weights to pull it back through instead of W_i, one a point, of the same shapes; those of points
                 without a weight are not looked at.
             at: a controlled state to take the derivatives at; None for the feedforward one.
-            live: let batch statistics follow their batch, as backprop does; else they are held.
+            live: let batch statistics follow their batch, as backprop does, by the normalisation's derivative at the
+                feedforward state, whose statistics they are; else they are held.
         """
 
     @abstractmethod

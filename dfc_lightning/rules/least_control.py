@@ -90,4 +90,4 @@ class LeastControl(LearningRule):
             signals = feedback.pulled(control, response, live=True)
         else:
             signals = scaled(response.driven, sizes)
-        return Update(forward.gradients(signals, forward.heard(response), scale=-1.0), settled=settled)
+        return Update(forward.gradients(signals, feedback.rates(response), scale=-1.0), settled=settled)

@@ -72,4 +72,4 @@ class PredictiveCoding(LearningRule):
         if not forward.batched:  # else errors of held batch statistics would drive what a normalisation takes out again
             ends, unit = set(forward.outputs_at), nudge * self.inference.share
             signals = [t if i in ends else a / unit for i, (t, a) in enumerate(zip(signals, response.driven))]
-        return settled, forward.gradients(signals, forward.heard(response), scale=-1.0)
+        return settled, forward.gradients(signals, feedback.rates(response), scale=-1.0)

@@ -50,6 +50,15 @@ class ErrorFeedback:
             return forward.apical(error)
         return forward.pull(error, through=forward.feedback if forward.layered else None, at=state, live=live)
 
+    def rates(self, state: Deviation) -> list[Tensor] | None:
+        """What weights learn by beside errors pulled back ``live``, r_{i−1} of the driven network.
+
+        Feedforward, None, where samples are normalised by their batch: W_i r_{i−1} as driven is not what the statistics
+        are of, so that weights would learn to change in scale, which changes nothing but leaves running statistics
+        behind.
+        """
+        return None if self.forward.batched else self.forward.heard(state)
+
     def samples(self, index: Tensor) -> ErrorFeedback:
         """That of some samples only."""
         return ErrorFeedback(self.forward.samples(index), self.label.samples(index), self.drives_output)

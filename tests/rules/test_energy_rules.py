@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ from dfc_lightning import (
     PredictiveCoding,
     Update,
 )
+from dfc_lightning.rules.least_control import THROUGH
 from dfc_lightning.settling import Descent, Equilibrium
 
 EXACT = Equilibrium(rtol=1e-12, max_iterations=200)
@@ -241,9 +243,17 @@ class Normalised(nn.Module):
         self.c2, self.n2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
         self.a = nn.Linear(4, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.n1(self.c1(x)))
-        return self.a(torch.tanh(h + self.n2(self.c2(h))).mean((2, 3)))
+    def forward(self, x: Tensor, phi: Callable[[Tensor], Tensor] = torch.tanh) -> Tensor:
+        h = phi(self.n1(self.c1(x)))
+        return self.a(phi(h + self.n2(self.c2(h))).mean((2, 3)))
+
+
+def normalised() -> tuple[Normalised, Tensor, Tensor]:
+    """Samples of very different size."""
+    torch.manual_seed(0)
+    module, y = Normalised().double(), torch.arange(6) % 3
+    x = torch.randn(6, 1, 1, 1, dtype=torch.float64).exp() * torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    return module, x, y
 
 
 @pytest.mark.parametrize(
@@ -257,12 +267,72 @@ class Normalised(nn.Module):
     ids=["least control", "as published", "predictive coding", "by steps"],
 )
 def test_batch_statistics_follow_their_batch_in_what_is_taught(rule):
-    torch.manual_seed(0)
-    module, y = Normalised().double(), torch.arange(6) % 3
-    x = torch.randn(6, 1, 1, 1, dtype=torch.float64).exp() * torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    module, x, y = normalised()
     found, _ = taught(ControlledNetwork(module), rule, x, y, cross_entropy)
     factor = 1e9 if isinstance(rule, LeastControl) and not rule.relative else 1.0
     assert close(found * factor, backprop(module, x, y, cross_entropy), 1e-5)
+
+
+def held(module: Normalised, x: Tensor) -> Normalised:
+    """The same network with the statistics of this batch held."""
+    twin = copy.deepcopy(module)
+    for norm in (twin.n1, twin.n2):
+        norm.momentum = 0.0
+
+    def note(norm: nn.Module, given: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(given[0].detach(), (0, 2, 3), correction=0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    handles = [norm.register_forward_pre_hook(note) for norm in (twin.n1, twin.n2)]
+    twin(x)
+    for handle in handles:
+        handle.remove()
+    return twin.eval()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        LeastControl(alpha=0.5, relative=False, equilibrium=EXACT, link="softmax"),
+        PredictiveCoding(EXACT, link="softmax"),
+        PredictiveCoding(Descent(3, 0.3), link="softmax"),
+    ],
+    ids=["least control", "predictive coding", "by steps"],
+)
+def test_with_batch_statistics_the_error_and_the_slopes_are_those_of_the_driven_network_and_the_rest_is_backprop(rule):
+    module, x, y = normalised()
+    found, update = taught(ControlledNetwork(module), rule, x, y, cross_entropy)
+    slopes: list[Tensor] = []
+
+    def noted(v: Tensor) -> Tensor:
+        slopes.append(1 - v.detach().tanh().square())
+        return v.tanh()
+
+    inner = held(module, x)
+    forward = inner.forward
+    inner.forward = lambda x: forward(x, noted)  # type: ignore[method-assign]
+    output = driven(inner, ["n1", "n2", "a"], update.settled.response.driven, x).detach().requires_grad_()
+    (error,) = torch.autograd.grad(cross_entropy(output, y).sum(), output)
+    left = iter(slopes)
+    module.zero_grad()
+    fed = module(x, lambda v: v.tanh().detach() + next(left) * (v - v.detach()))
+    (fed * error).sum().div(len(x)).backward()
+    factor = rule.alpha if isinstance(rule, LeastControl) else 1.0
+    assert close(found * factor, flat(module), 1e-9)
+    assert F.cosine_similarity(found, backprop(module, x, y, cross_entropy), dim=0) < 0.9999
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*(LeastControl(through, link="softmax") for through in THROUGH), PredictiveCoding(link="softmax")],
+    ids=[*THROUGH, "predictive coding"],
+)
+def test_no_weight_learns_the_scale_that_batch_statistics_take_out_again(rule):
+    module, x, y = normalised()
+    taught(ControlledNetwork(module, seed=0), rule, x, y, cross_entropy)
+    for layer in (module.c1, module.c2):  # to the ε of the normalisation
+        assert abs(F.cosine_similarity(layer.weight.flatten(), layer.weight.grad.flatten(), dim=0)) < 1e-4
 
 
 @nets
