@@ -129,7 +129,8 @@ class Recorder:
                 f"The module {name!r} is called without a tensor among its arguments. Call it with tensors, each an "
                 "argument or in a tuple, list or dict: a sequence that is packed, say, as a padded one."
             )
-        if (named or layerlike) and any([wants_input_gradient(name, each) for each in given]):
+        samples = [each for each in given if not self.tape.is_shared(each)]
+        if (named or layerlike) and any([wants_input_gradient(name, each) for each in samples]):
             self.aside = True
             return with_guard(name, args, kwargs, self.step)
         if self.tape.output is not None or (named and id(layer) not in self.waiting):
@@ -192,10 +193,11 @@ class Recorder:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         for slot in call.inputs:
-            if not self.tape.shared(slot):
+            if not self.tape.shared(slot) and self.tape.tensor(slot) is not result:
                 refuse_history(f"What is given to {call.name}, beside parameters,", self.tape.tensor(slot))
         point, segment = self._point(call)
-        return self._pass(point, result, segment)
+        overwrites = any(self.tape.tensor(s) is result for s in call.inputs) and not result._is_view()
+        return self._pass(point, result, segment, in_place=overwrites)
 
     def _point(self, call: Operation) -> tuple[ControlPoint, Segment | UseSegment | None]:
         """The point of a call, and its segment if that is no layer's own call."""
@@ -214,11 +216,16 @@ class Recorder:
         return ControlPoint(name, first.layer, use=tuple(found.parameters), multiplies=weight), found
 
     def _pass(
-        self, point: ControlPoint, voltage: Tensor, segment: Segment | UseSegment | None = None, passed: int = 0
+        self,
+        point: ControlPoint,
+        voltage: Tensor,
+        segment: Segment | UseSegment | None = None,
+        passed: int = 0,
+        in_place: bool = False,
     ) -> Tensor:
         self.order.append(point)
         with self.tape.paused():
-            handed = cut(voltage, point.name)
+            handed = cut(voltage, point.name, in_place)
         self.passages.append(self.tape.passage(voltage, handed, passed))
         if segment is not None:
             self._uses[id(self.passages[-1])] = segment

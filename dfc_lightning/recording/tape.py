@@ -255,7 +255,8 @@ class Tape(TorchFunctionMode):
     def receive(self, tensor: Tensor) -> None:
         """Take what a layer is given for samples, if it has as many in the first dimension or they are the first."""
         fits = tensor.dim() > 0 and (not self._values or tensor.shape[0] == self.batch)
-        if tensor not in self._learning and (fits or tensor.grad_fn is not None):
+        known = tensor in self._learning or id(tensor) in self._fixed or self.is_shared(tensor)
+        if not known and (fits or tensor.grad_fn is not None):
             self.enter(tensor)
 
     def expect(self, tree: Any) -> None:
