@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,12 +43,14 @@ class Recording(NamedTuple):
         frame: with what values.
         points: the control points in the order of the pass, each with the normalisation that follows it directly.
         bare: whether what each layer's module is given and returns is what its point is given and returns.
+        idle: names of what might have been points, but whose parameters other modules use alone.
     """
 
     record: Record
     frame: Frame
     points: list[ControlPoint]
     bare: bool
+    idle: list[str]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -69,6 +71,7 @@ class Recorder:
         dtype: of the recorded values.
         fixed: see :class:`Tape`.
         as_returned: whether the output is all that the outermost module returns, not the first matrix.
+        idle: see :class:`Learning`.
     """
 
     def __init__(
@@ -78,8 +81,9 @@ class Recorder:
         dtype: torch.dtype,
         fixed: Iterable[Tensor] = (),
         as_returned: bool = False,
+        idle: Container[str] = (),
     ) -> None:
-        self.learning = Learning(points, self._leaves)
+        self.learning = Learning(points, self._leaves, idle)
         self.names = {id(p.layer): p.name for p in reversed(points)}
         self.waiting = {id(p.layer): p for p in points if p.is_named}
         self.tape = Tape(self.learning, self._reached, self._called, fixed, as_returned)
@@ -308,7 +312,9 @@ class Recorder:
             record = Record(program, segments, self.passages, sites, self.tape.output)
         layout = frame.layouts[record.output]
         handed = layout.first(output).flatten(1) if layout != FIRST else output
-        taken = self._at_output(Recording(record, frame, self.order, self._bare), handed)
+        taken = self._at_output(
+            Recording(record, frame, self.order, self._bare, self.learning.names(self.learning.idle)), handed
+        )
         if layout == FIRST:
             return taken
         return layout.back(taken.view(layout.first(output).shape))

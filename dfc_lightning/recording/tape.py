@@ -351,10 +351,11 @@ class Tape(TorchFunctionMode):
         passed = 0
         for k, _ in mine:
             passed |= self._passed[slots[k] or 0]
-        if self.output is not None or not mine or passed != self._learning.all:
+        if self.output is not None or not mine or not self._learning.is_complete(passed):
             return None
         if any(isinstance(layout, str) for _, layout in mine):
             return None
+        self.as_returned = True  # no part is the output by itself
         parts = [layout.first(outputs[k]).flatten(1) for k, layout in mine if isinstance(layout, Layout)]
         whole = self.look(torch.cat(parts, dim=1), whole=True)  # recorded, as this is called while the tape is entered
         found = list(outputs)
