@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.experiments.errors import sentence
-from dfc_lightning.plots import dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
+from dfc_lightning.plots import Run, dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
 from dfc_lightning.plots.runs import RunError
 
-OF_RUNS = {"dashboard": dashboard, "figure_3": figure_3}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OF_RUNS: dict[str, Callable[[list[Run]], Figure]] = {"dashboard": dashboard, "figure_3": figure_3}
 OF_EXAMPLES = {
     "figure_1d": lambda: figure_1d(controlled_student()),
     "figure_2": lambda: figure_2(feedback_plane(small_jacobian())),
@@ -76,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="folder of a run that holds metrics.csv, or one with version_* folders, of which the newest is taken",
+        help="folder of a run that holds metrics.csv, or one with version_* folders, of which the newest that has "
+        "trained is taken",
     )
     parser.add_argument("--figure", choices=[*OF_RUNS, *OF_EXAMPLES], default="dashboard", help="default: %(default)s")
     parser.add_argument(

@@ -24,6 +24,9 @@ BLUE, GREEN, PURPLE, RED, ORANGE, SKY, GREY = (
 COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 """Colours that readers with colour-blindness can tell apart (Okabe and Ito), but for the purple."""
 
+DASHES = ("-", "--", ":", "-.")
+"""For what colours do not tell apart any more."""
+
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,3 +72,29 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def by_epochs(axes: Axes, label: str = "epoch") -> None:
+    """Whole numbers alone along what counts epochs or steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic scale whose numbers are written out where they span no more than three decades."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high <= 1e3 * low:
+        axes.yaxis.set_major_formatter("{x:g}")
+    if high <= 10 * low:
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high > 3 * low else range(2, 10)))
+        axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def legend_below(axes: Axes, columns: int = 2) -> None:
+    """A legend under the axes, where it hides no curve."""
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0)

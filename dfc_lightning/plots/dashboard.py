@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.plots.canvas import COLORS, panels, styled
-from dfc_lightning.plots.runs import Run
+from dfc_lightning.plots.canvas import COLORS, DASHES, by_epochs, legend_below, logarithmic, panels, styled
+from dfc_lightning.plots.runs import Run, read_run, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,21 +55,23 @@ _DYNAMICS = (
     Panel("strength of control, ‖Qu‖ / ‖Wr‖", {"alignment/control_ratio/total": "all layers"}, logarithmic=True),
 )
 
-_DASHES = ("-", "--", ":", "-.")
-
 
 @styled
-def dashboard(runs: Sequence[Run]) -> Figure:
+def dashboard(runs: Run | str | Path | Sequence[Run | str | Path]) -> Figure:
     """A run at a glance, or several in the same panels: whatever is there of losses, errors, settling and feedback.
 
     Losses and errors are all quantities whose names end in ``loss`` and ``error``.
 
     Args:
-        runs: one run, with a colour for each quantity; or several, with a colour for each run.
+        runs: one run, with a colour for each quantity; or several, with a colour for each run. Runs, or their
+            folders, as for :func:`read_run`.
 
     Raises:
+        FileNotFoundError: a folder holds no run.
         ControlError: there is nothing to draw.
     """
+    given = [runs] if isinstance(runs, (Run, str, Path)) else runs
+    runs = told_apart([run if isinstance(run, Run) else read_run(run) for run in given])
     logged = dict.fromkeys(name for run in runs for name in run.series)
     results = (
         Panel("loss", _ending(logged, "loss"), logarithmic=True),
@@ -80,7 +83,10 @@ def dashboard(runs: Sequence[Run]) -> Figure:
         raise ControlError(f"RUN={names}: nothing was logged that a dashboard shows. Train for an epoch at least.")
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, axes = panels(rows, columns, width=3.6 * columns, height=2.5 * rows)
+    figure, axes = panels(
+        rows, columns, width=3.6 * columns, height=(2.7 if len(runs) == 1 else 2.7 + 0.16 * len(runs)) * rows
+    )
+    alone = len(runs) == 1
     for axis, panel in zip(axes, shown):
         for row, run in enumerate(runs):
             for column, (quantity, called) in enumerate(panel.quantities.items()):
@@ -88,20 +94,20 @@ def dashboard(runs: Sequence[Run]) -> Figure:
                     continue
                 feedback = quantity.startswith("feedback/")
                 x, y = run.series[quantity] if feedback else run.by_epoch(quantity)
-                alone = len(runs) == 1
                 axis.plot(
                     x,
                     y,
                     color=COLORS[(column if alone else row) % len(COLORS)],
-                    linestyle="-" if alone else _DASHES[column % len(_DASHES)],
+                    linestyle="-" if alone else DASHES[column % len(DASHES)],
                     marker="o" if len(x) == 1 else None,
                     label=called if alone else f"{run.name}: {called}",
                 )
-                axis.set_xlabel("feedback learning step" if feedback else "epoch" if run.steps_per_epoch else "step")
+                by_epochs(axis, "feedback learning step" if feedback else "epoch" if run.steps_per_epoch else "step")
         axis.set_title(panel.title)
-        axis.set_yscale("log" if panel.logarithmic else "linear")
+        if panel.logarithmic:
+            logarithmic(axis)
         if len(axis.lines) > 1:
-            axis.legend()
+            legend_below(axis, 2 if alone else 1)
     for axis in axes[len(shown) :]:
         axis.remove()
     return figure

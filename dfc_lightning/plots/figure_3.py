@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dfc_lightning.errors import ControlError
-from dfc_lightning.plots.canvas import BLUE, COLORS, GREEN, PURPLE, RED, panels, styled
+from dfc_lightning.plots.canvas import BLUE, COLORS, GREEN, PURPLE, RED, by_epochs, panels, styled
 from dfc_lightning.plots.runs import Run, smoothed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def figure_3(runs: Sequence[Run], window: int = 10) -> Figure:
     Angles of the rule's update to the update of Gauss-Newton for each sample alone, to the minimum-norm update and
     to DFC-SSA's, Condition 2, the largest real part of the eigenvalues of the network under control, and the
     validation loss, which takes the place of the paper's panel of Condition 1. Bold is the mean of ``window`` values
-    up to an epoch, faint the values themselves. A quantity that a run has not logged is left out.
+    about an epoch, faint the values themselves. A quantity that a run has not logged is left out.
 
     Args:
         runs: runs of the recipes in ``recipes/toy``, or others with ``AlignmentMonitor(tau_ratio=...)``.
@@ -70,6 +70,6 @@ def figure_3(runs: Sequence[Run], window: int = 10) -> Figure:
     for axis, title in zip(axes, PANELS.values()):
         axis.set_title(title)
     for axis in axes[3:]:
-        axis.set_xlabel("epoch")
+        by_epochs(axis)
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles))
     return figure

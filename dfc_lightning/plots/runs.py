@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,13 @@ class Run:
         series: each quantity by its logged name. Its steps are optimizer steps, or feedback learning steps for what
             begins with ``feedback/``.
         steps_per_epoch: optimizer steps in an epoch; None if no quantity was logged by epochs.
+        version: its folder, which tells it from other runs of the name.
     """
 
     name: str
     series: dict[str, Series]
     steps_per_epoch: float | None
+    version: str = ""
 
     def by_epoch(self, quantity: str) -> Series:
         """The quantity with epochs passed in the place of optimizer steps, where these are known."""
@@ -44,7 +47,7 @@ class Run:
 
 
 def find_run(path: Path) -> Path:
-    """The folder at ``path`` that holds a run: this one, or the newest ``version_*`` in it.
+    """The folder at ``path`` that holds a run: this one, or the newest ``version_*`` in it that has trained.
 
     Raises:
         FileNotFoundError: there is none.
@@ -57,14 +60,28 @@ def find_run(path: Path) -> Path:
             f"RUN={path}: neither it nor a version_* folder in it holds a {METRICS}. Give the folder of a run that "
             "was logged by CSVLogger, e.g. runs/digits/dfc."
         )
-    return max(versions, key=_number)
+    return max(versions, key=lambda folder: (_has_trained(folder), _number(folder)))
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether more was logged than a test."""
+    with open(folder / METRICS, encoding="utf-8", errors="replace", newline="") as file:
+        names = next(csv.reader(file), [])
+    return any(name not in ("step", "epoch") and not name.startswith("test/") for name in names)
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same with names of their own: those of one name say which version each is."""
+    names = [run.name for run in runs]
+    return [replace(run, name=f"{run.name} {run.version}") if names.count(run.name) > 1 else run for run in runs]
 
 
 def read_run(path: str | Path) -> Run:
     """Read a run.
 
     Args:
-        path: the folder that holds ``metrics.csv``, or one with ``version_*`` folders, of which the newest is read.
+        path: the folder that holds ``metrics.csv``, or one with ``version_*`` folders, of which the newest that has
+            trained is read.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -85,7 +102,7 @@ def read_run(path: str | Path) -> Run:
             steps.append(step)
             values.append(value)
     name = folder.resolve().parent.name if _number(folder) >= 0 else folder.resolve().name
-    return Run(name, series, epoch_length or None)
+    return Run(name, series, epoch_length or None, folder.resolve().name)
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -100,15 +117,15 @@ def _rows(path: Path) -> list[dict[str, float]]:
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Each value's mean with up to ``window`` − 1 values before it; what is no number is left out.
+    """Each value's mean with those up to ``window`` // 2 away on both sides; what is no number is left out.
 
     Example:
-        >>> smoothed([1.0, 3.0, float("nan"), 5.0], window=2)
-        [1.0, 2.0, 3.0, 5.0]
+        >>> smoothed([1.0, 3.0, float("nan"), 5.0], window=3)
+        [2.0, 2.0, 4.0, 5.0]
     """
-    means = []
-    for end in range(1, len(values) + 1):
-        within = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+    means, half = [], window // 2
+    for at in range(len(values)):
+        within = [value for value in values[max(0, at - half) : at + half + 1] if math.isfinite(value)]
         means.append(sum(within) / len(within) if within else math.nan)
     return means
 

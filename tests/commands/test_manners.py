@@ -75,7 +75,7 @@ def test_what_was_meant_is_asked(capsys, words, said):
     [
         ("--model.init_args.optimizer.init_args.lr=fast", "--model.optimizer.lr: 'fast' is not of the type float"),
         (f"{RULE}=dfa", r"--trainer.strategy.rule: there is no class 'dfa'; ours are .*DFA, DFC, .*Did you mean DFA\?"),
-        (f"{NETWORK}=MPL", r"--model.network: there is no class 'MPL'; ours are LeNet, MLP, .*Did you mean MLP\?"),
+        (f"{NETWORK}=MPL", r"--model.network: there is no class 'MPL'; ours are GPT, LeNet, MLP, .*Did you mean MLP\?"),
         (
             "--trainer.strategy.init_args.feedback.method=Expcted",
             r"--trainer.strategy.feedback.method: .*Did you mean Expected\?",

@@ -246,7 +246,7 @@ def test_figure_3_draws_each_run_by_epochs():
     assert [axis.get_xlabel() for axis in figure.axes] == [""] * 3 + ["epoch"] * 3
     gauss_newton, _, condition_2, ssa, stability, loss = figure.axes
     bold = {label: values for label, values in drawn(gauss_newton).items() if not label.startswith("_")}
-    assert bold == {"DFC-SS": [10.0, 20.0], "DFC-SS (fixed)": [40.0, 45.0], "DFA": [60.0, 61.0]}
+    assert bold == {"DFC-SS": [20.0, 20.0], "DFC-SS (fixed)": [45.0, 45.0], "DFA": [61.0, 61.0]}
     faint = [list(line.get_ydata()) for line in gauss_newton.lines if line.get_label().startswith("_")]
     assert faint == [[10.0, 30.0], [40.0, 50.0], [60.0, 62.0]]
     assert all(list(line.get_xdata()) == [1.0, 2.0] for line in loss.lines) and len(loss.lines) == 6
@@ -293,6 +293,31 @@ def test_a_dashboard_of_several_runs_has_a_colour_for_each():
     (loss,) = figure.axes
     assert drawn(loss) == {"dfc: val/loss": [3.0, 2.0], "dfa: val/loss": [4.0, 3.0]}
     assert [to_hex(line.get_color()) for line in loss.lines] == [BLUE, RED]
+
+
+def test_a_dashboard_takes_folders_and_tells_versions_apart(tmp_path):
+    for version in (0, 1):
+        write(tmp_path / "dfc" / f"version_{version}")
+    figure = dashboard([tmp_path / "dfc" / "version_0", str(tmp_path / "dfc" / "version_1")])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["dfc version_0: val/loss", "dfc version_1: val/loss"]
+    assert len(dashboard(tmp_path / "dfc").axes) == len(figure.axes)
+
+
+def test_the_newest_run_that_has_trained_is_drawn(tmp_path):
+    write(tmp_path / "dfc" / "version_0")
+    (tmp_path / "dfc" / "version_1").mkdir()
+    (tmp_path / "dfc" / "version_1" / "metrics.csv").write_text("epoch,step,test/error,test/loss\n0,0,3.0,0.1\n")
+    assert "val/loss" in read_run(tmp_path / "dfc").series
+
+
+def test_axes_count_in_whole_epochs_and_write_numbers_out():
+    figure = dashboard([run("dfc", loss=[60.0, 30.0, 20.0])])
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    assert all(float(text.get_text()).is_integer() for text in axes.get_xticklabels() if text.get_text())
+    numbers = [t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)) if t.get_text()]
+    assert numbers and all("10" not in n or n.isdigit() for n in numbers)
 
 
 def test_a_run_that_logged_nothing_has_no_dashboard():
