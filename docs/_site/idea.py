@@ -64,7 +64,7 @@ def _network(axes: Axes, controlled: bool) -> None:
         axes.text(0.0, 1.75, "Learns by the change of its own activity:", fontsize=8.5, color=RED)
         axes.text(4.35, 1.75, r"$\Delta W_i \propto (r_i^{controlled} - r_i)\, r_{i-1}^T$", fontsize=9, color=RED)
     else:
-        axes.text(6.35, 1.0, "loss", fontsize=8, color=BLUE, va="center")
+        axes.text(6.35, 1.0, "∂loss", fontsize=8, color=BLUE, va="center")
         for left, right in zip(places[1:], places[2:]):
             _arrow(axes, (right - 0.1, 0.68), (left + 0.1, 0.68), BLUE, bend=-0.35)
             axes.text((left + right) / 2, 0.12, f"$W_{places.index(right)}^T$", ha="center", fontsize=8, color=BLUE)
@@ -113,7 +113,7 @@ def trained() -> tuple[MLP, Tensor, Tensor]:
 
 @styled
 def leakage() -> Figure:
-    """Left: a batch's outputs under control; right: the angle of the update to two others, over the leakage α."""
+    """The angle of the update to backprop's and to the minimum-norm one, over the leakage α."""
     mlp, x, y = trained()
     backprop = gradients(mlp, Backprop(), x, y)
     least = gradients(mlp, MinimumNorm(damping=1e-3, plasticity="voltage_difference", relative=True), x, y)
