@@ -1,9 +1,8 @@
-"""A hook of mkdocs.yml: notebooks are pages, with the outputs they were kept with; roles in docstrings are code."""
+"""A hook of mkdocs.yml: notebooks are pages, with the outputs they were kept with."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,6 @@ def on_page_read_source(page: Any, config: Any) -> str | None:
     """The Markdown of a notebook's page."""
     source = page.file.src_uri
     return markdown(json.loads(Path(page.file.abs_src_path).read_text("utf-8"))) if source.endswith(".ipynb") else None
-
-
-def on_page_content(html: str, **kwargs: Any) -> str:
-    """Without the names of Sphinx's roles, which docstrings have for editors, before what they mark."""
-    return re.sub(r":(?:class|meth|func|mod|attr):<code>[~.]*", "<code>", html)
 
 
 def markdown(notebook: dict[str, Any]) -> str:
