@@ -26,6 +26,6 @@ def _kinds(notebook) -> list[list[str]]:
     """Of each code cell, what its outputs are; what is written to stderr, by other packages, aside."""
     cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     return [
-        [kind for each in outputs if each.get("name") != "stderr" for kind in each.get("data", ["stream"])]
+        sorted(kind for each in outputs if each.get("name") != "stderr" for kind in each.get("data", ["stream"]))
         for outputs in cells
     ]
