@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ import yaml
 from cases.paths import ROOT
 
 import dfc_lightning
+from dfc_lightning.training.watch import _SENTENCES
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")])
@@ -89,6 +91,39 @@ def test_there_is_a_choice_for_every_rule():
 def _is_rule(each: object) -> bool:
     base = dfc_lightning.LearningRule
     return isinstance(each, type) and issubclass(each, base) and each is not base
+
+
+def test_the_sentences_of_troubleshooting_are_those_of_the_code():
+    strings = "\n".join(map(_strings, (ROOT / "dfc_lightning").rglob("*.py")))
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    said = re.findall(r"^> \*(.*?)\*(?:<br>)?$", text, re.MULTILINE)
+    said += [each for line in re.findall(r"^## (.*)$", text, re.MULTILINE) for each in re.findall(r'"(.*?)"', line)]
+    assert len(said) > 20
+    lost = [piece for each in said for piece in each.split("…") if piece.strip(" -") not in strings]
+    assert not [
+        piece
+        for piece in lost
+        if piece not in ("The loss is nan: a batch, the weights or the loss's own operations are not finite.",)
+    ]
+
+
+def _strings(file: Path) -> str:
+    """All strings of a source file, those that stand side by side as one, with what is filled in left out."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+            found.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(re.sub(r"{[^}]*}", "…", node.value))
+    return "\n".join(found)
+
+
+def test_every_sentence_of_the_watch_is_in_troubleshooting():
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    heads = [re.split(r"{[^}]*}", sentence)[0].split(":")[0].strip() for sentence in _SENTENCES.values()]
+    named = {name: head for name, head in zip(_SENTENCES, heads) if head}
+    assert len(named) > 6 and not {name for name, head in named.items() if head not in text}
 
 
 @pytest.mark.parametrize("name", ["writing_a_rule", "your_module"])
