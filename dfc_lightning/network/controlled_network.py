@@ -108,6 +108,7 @@ class ControlledNetwork:
         self._layers = list(self.points)
         self._trainable = self._trainable_now()
         self._outputs_at: tuple[int, ...] = ()
+        self._idle: list[str] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass."""
@@ -276,7 +277,7 @@ class ControlledNetwork:
         self.weights.set_aside(self.points)
         self.points = find_points(self.module, *self._scope)
         self._layers, self._trainable = list(self.points), trainable
-        self.structure = None
+        self.structure, self._idle = None, []
 
     def _watch(self, at_output: AtOutput) -> KnownChain | Recorder:
         links = None if self.structure is None else self.structure.chains.get(self.module.training)
@@ -287,11 +288,11 @@ class ControlledNetwork:
         def recorded(recording: Recording, output: Tensor) -> Tensor:
             return at_output(self._see(recording), output)
 
-        return Recorder(self._layers, recorded, self.dtype, self.module.buffers(), self.as_returned)
+        return Recorder(self._layers, recorded, self.dtype, self.module.buffers(), self.as_returned, self._idle)
 
     def _see(self, recording: Recording) -> ForwardPass:
         """The recorded pass; what it shows of the network is taken over, or must be as before."""
-        record, frame, points, bare = recording
+        record, frame, points, bare, self._idle = recording
         names, training = [p.name for p in points], self.module.training
         structure = self.structure
         if structure is not None:
@@ -311,7 +312,7 @@ class ControlledNetwork:
         return self._dense([link.nonlinearity for link in links], heard, [frame[p.target] for p in record.passages])
 
     def _first(self, recording: Recording) -> Structure:
-        record, frame, points, _ = recording
+        record, frame, points, *_ = recording
         outputs, shapes = frame.first(record.output)[0].numel(), tuple(recording.shapes)
         if self.feedback:  # loaded before
             self.weights.reorder(self.points, points)

@@ -97,7 +97,7 @@ def _broadcast(call: Call, known: Known, y: Tensor) -> Layout:
     return Layout(y.dim() - back, before, rows)
 
 
-@rule(["embedding", "one_hot", "_with_item"])
+@rule(["embedding", "one_hot", "_with_item", "unfold", "fold", "im2col", "col2im"])
 def _as_first(call: Call, known: Known) -> list[Layout]:
     return [_of(call, known)[1]] * len(call.outputs)
 

@@ -76,7 +76,7 @@ def use_segment(
     waiting = [s for s in call.inputs if layouts[s] == SHARED]
     while waiting:
         slot = waiting.pop()
-        if slot not in shared:
+        if slot not in shared and slot in makers:  # else a mask of dropout
             shared.add(slot)
             waiting.extend(makers[slot].inputs)
     making = list(dict.fromkeys(makers[s] for s in sorted(shared)))

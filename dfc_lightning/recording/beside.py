@@ -30,9 +30,15 @@ class _Cut(torch.autograd.Function):
         )
 
 
-def cut(output: Tensor, name: str) -> Tensor:
-    """A layer's output without its history, on which a gradient that comes back is an error."""
-    handed = output.detach()
+def cut(output: Tensor, name: str, in_place: bool = False) -> Tensor:
+    """A layer's output without its history, on which a gradient that comes back is an error.
+
+    Args:
+        output: the output.
+        name: of the layer.
+        in_place: whether it is the tensor itself that is to lose its history, since others hold it too.
+    """
+    handed = output.detach_() if in_place else output.detach()
     if not (torch.is_grad_enabled() and output.is_floating_point()):
         return handed
     anchor = torch.zeros((), requires_grad=True, device=output.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -15,9 +15,15 @@ class Learning:
     Args:
         points: what :func:`find_points` has found.
         leaves: whether a call that is given some of the parameters, by name, and these tensors is left to autograd.
+        idle: names of points whose parameters were seen to be used as those of other modules alone.
     """
 
-    def __init__(self, points: Sequence[ControlPoint], leaves: Callable[[str, Sequence[Tensor]], bool]) -> None:
+    def __init__(
+        self,
+        points: Sequence[ControlPoint],
+        leaves: Callable[[str, Sequence[Tensor]], bool],
+        idle: Container[str] = (),
+    ) -> None:
         self._names: list[str] = []
         self._places: dict[int, list[tuple[ControlPoint, int]]] = {}
         self.modules: dict[int, int] = {}
@@ -27,13 +33,16 @@ class Learning:
         self.used = 0
         """Bits of the parameters that have been used."""
         self._leaves = leaves
+        self.idle = 0
+        """Bits that are not waited for."""
         for point in points:
             if point.is_named:
                 self.modules[id(point.layer)] = self._bit(point.name)
                 continue
             for p in point.use or point.layer.parameters(recurse=False):
                 if p.requires_grad:
-                    self._places.setdefault(id(p), []).append((point, self._bit(point.name)))
+                    self._places.setdefault(id(p), []).append((point, bit := self._bit(point.name)))
+                    self.idle |= bit if point.name in idle else 0
 
     def close(self) -> None:
         """Let go of who is asked."""
@@ -49,8 +58,23 @@ class Learning:
 
     @property
     def all(self) -> int:
-        """All bits."""
-        return (1 << len(self._names)) - 1
+        """All bits that are waited for."""
+        return (1 << len(self._names)) - 1 & ~self.idle
+
+    def is_complete(self, passed: int) -> bool:
+        """Whether some bits are all, but for modules that were not run, whose parameters others have too.
+
+        These are then not waited for any more.
+        """
+        shared = 0
+        for places in self._places.values():
+            bits = [bit for _, bit in places]
+            if any(bit & passed for bit in bits):
+                shared |= sum(bit for bit in bits if not bit & self.used)
+        if passed | shared | self.idle != self.all | self.idle:
+            return False
+        self.idle |= shared
+        return True
 
     def names(self, bits: int) -> list[str]:
         """Of the points that some bits belong to, each once."""

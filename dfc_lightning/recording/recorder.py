@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,12 +43,14 @@ class Recording(NamedTuple):
         frame: with what values.
         points: the control points in the order of the pass, each with the normalisation that follows it directly.
         bare: whether what each layer's module is given and returns is what its point is given and returns.
+        idle: names of what might have been points, but whose parameters other modules use alone.
     """
 
     record: Record
     frame: Frame
     points: list[ControlPoint]
     bare: bool
+    idle: list[str]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -69,6 +71,7 @@ class Recorder:
         dtype: of the recorded values.
         fixed: see :class:`Tape`.
         as_returned: whether the output is all that the outermost module returns, not the first matrix.
+        idle: see :class:`Learning`.
     """
 
     def __init__(
@@ -78,8 +81,9 @@ class Recorder:
         dtype: torch.dtype,
         fixed: Iterable[Tensor] = (),
         as_returned: bool = False,
+        idle: Container[str] = (),
     ) -> None:
-        self.learning = Learning(points, self._leaves)
+        self.learning = Learning(points, self._leaves, idle)
         self.names = {id(p.layer): p.name for p in reversed(points)}
         self.waiting = {id(p.layer): p for p in points if p.is_named}
         self.tape = Tape(self.learning, self._reached, self._called, fixed, as_returned)
@@ -129,7 +133,8 @@ class Recorder:
                 f"The module {name!r} is called without a tensor among its arguments. Call it with tensors, each an "
                 "argument or in a tuple, list or dict: a sequence that is packed, say, as a padded one."
             )
-        if (named or layerlike) and any([wants_input_gradient(name, each) for each in given]):
+        samples = [each for each in given if not self.tape.is_shared(each)]
+        if (named or layerlike) and any([wants_input_gradient(name, each) for each in samples]):
             self.aside = True
             return with_guard(name, args, kwargs, self.step)
         if self.tape.output is not None or (named and id(layer) not in self.waiting):
@@ -192,10 +197,11 @@ class Recorder:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         for slot in call.inputs:
-            if not self.tape.shared(slot):
+            if not self.tape.shared(slot) and self.tape.tensor(slot) is not result:
                 refuse_history(f"What is given to {call.name}, beside parameters,", self.tape.tensor(slot))
         point, segment = self._point(call)
-        return self._pass(point, result, segment)
+        overwrites = any(self.tape.tensor(s) is result for s in call.inputs) and not result._is_view()
+        return self._pass(point, result, segment, in_place=overwrites)
 
     def _point(self, call: Operation) -> tuple[ControlPoint, Segment | UseSegment | None]:
         """The point of a call, and its segment if that is no layer's own call."""
@@ -214,11 +220,16 @@ class Recorder:
         return ControlPoint(name, first.layer, use=tuple(found.parameters), multiplies=weight), found
 
     def _pass(
-        self, point: ControlPoint, voltage: Tensor, segment: Segment | UseSegment | None = None, passed: int = 0
+        self,
+        point: ControlPoint,
+        voltage: Tensor,
+        segment: Segment | UseSegment | None = None,
+        passed: int = 0,
+        in_place: bool = False,
     ) -> Tensor:
         self.order.append(point)
         with self.tape.paused():
-            handed = cut(voltage, point.name)
+            handed = cut(voltage, point.name, in_place)
         self.passages.append(self.tape.passage(voltage, handed, passed))
         if segment is not None:
             self._uses[id(self.passages[-1])] = segment
@@ -301,7 +312,9 @@ class Recorder:
             record = Record(program, segments, self.passages, sites, self.tape.output)
         layout = frame.layouts[record.output]
         handed = layout.first(output).flatten(1) if layout != FIRST else output
-        taken = self._at_output(Recording(record, frame, self.order, self._bare), handed)
+        taken = self._at_output(
+            Recording(record, frame, self.order, self._bare, self.learning.names(self.learning.idle)), handed
+        )
         if layout == FIRST:
             return taken
         return layout.back(taken.view(layout.first(output).shape))

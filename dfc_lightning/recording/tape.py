@@ -255,7 +255,8 @@ class Tape(TorchFunctionMode):
     def receive(self, tensor: Tensor) -> None:
         """Take what a layer is given for samples, if it has as many in the first dimension or they are the first."""
         fits = tensor.dim() > 0 and (not self._values or tensor.shape[0] == self.batch)
-        if tensor not in self._learning and (fits or tensor.grad_fn is not None):
+        known = tensor in self._learning or id(tensor) in self._fixed or self.is_shared(tensor)
+        if not known and (fits or tensor.grad_fn is not None):
             self.enter(tensor)
 
     def expect(self, tree: Any) -> None:
@@ -350,10 +351,11 @@ class Tape(TorchFunctionMode):
         passed = 0
         for k, _ in mine:
             passed |= self._passed[slots[k] or 0]
-        if self.output is not None or not mine or passed != self._learning.all:
+        if self.output is not None or not mine or not self._learning.is_complete(passed):
             return None
         if any(isinstance(layout, str) for _, layout in mine):
             return None
+        self.as_returned = True  # no part is the output by itself
         parts = [layout.first(outputs[k]).flatten(1) for k, layout in mine if isinstance(layout, Layout)]
         whole = self.look(torch.cat(parts, dim=1), whole=True)  # recorded, as this is called while the tape is entered
         found = list(outputs)

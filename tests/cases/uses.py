@@ -135,6 +135,15 @@ class Text(Tapped):
         return self.tap(self.head(self.tap(self.norm(h)))).view(-1, 5)
 
 
+class Tables(Text):
+    """The same, where a module that is not called has the weight too, as language models keep one for both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(5, 4)
+        self.shared.weight = self.words.weight
+
+
 class Case(NamedTuple):
     """A network, what it is given, and what it is to answer."""
 
@@ -145,5 +154,8 @@ class Case(NamedTuple):
 
 CASES = {
     **{cls.__name__: Case(cls) for cls in (Scaled, Bare, Standardised, Recurrent, Siblings, Tokens)},
-    "Text": Case(Text, lambda: torch.randint(5, (4, 3)), lambda: torch.arange(12) % 5),
+    **{
+        cls.__name__: Case(cls, lambda: torch.randint(5, (4, 3)), lambda: torch.arange(12) % 5)
+        for cls in (Text, Tables)
+    },
 }

@@ -58,6 +58,19 @@ class VAE(nn.Module):
         return self.decoder(mean + torch.exp(log_variance / 2) * torch.randn_like(mean)), mean, log_variance
 
 
+class Encoded(Words):
+    """Returns the encoder's states too; has its table in a module that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(7, 4)
+        self.shared.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        states = self.reads(self.words(x).transpose(0, 1))[0].transpose(0, 1)
+        return {"logits": self.head(states), "states": states}
+
+
 class Pair(NamedTuple):
     one: Tensor
     two: Tensor
@@ -101,6 +114,9 @@ CASES = {
         VECTORS,
         lambda v: both((v["more"][0], v["b"])),
         5,
+    ),
+    "tokens, and what an encoder made of them": Case(
+        Encoded, TEXT, lambda v: F.cross_entropy(v["logits"].flatten(0, 1), NEXT.flatten()), 35 + 20
     ),
     "mean and variance": Case(VAE, VECTORS, evidence, 10, {"output": "returned"}),
     "one vector, as returned": Case(

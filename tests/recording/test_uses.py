@@ -157,6 +157,49 @@ def encoder(**options: object) -> nn.Module:
     return classifier(nn.Unflatten(1, (2, 4)), nn.Linear(4, 8), layer, nn.Flatten())
 
 
+class InPlace(nn.Module):
+    """Gains that overwrite what they scale, and go on with the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gain = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.rand(8) + 0.5)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.a(x))
+        h.mul_(self.gain)
+        h += self.shift
+        h.relu_()
+        return self.b(h)
+
+
+class Positions(nn.Module):
+    """A bias of scores that a small network makes of a table with as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 3)
+        self.makes = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 1, bias=False))
+        self.register_buffer("table", torch.randn(4, 4, 2)[:, :3], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.view(-1, 3, 2))
+        scores = h @ h.transpose(1, 2) + self.makes(self.table).squeeze(2)[:3]
+        return self.b((scores.softmax(2) @ h).mean(1))
+
+
+class Folded(nn.Module):
+    """Windows taken apart and put together, as outlooking attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.unfold(self.a(x).view(-1, 1, 4, 4), 3, padding=1)
+        return self.b(F.fold(torch.tanh(windows), 4, 3, padding=1).flatten(1))
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "prelu": lambda: classifier(nn.PReLU()),
     "prelu of channels": lambda: nn.Sequential(
@@ -182,6 +225,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "time first": lambda: sequences(lambda: First(nn.LSTM(2, 4)), lambda found: found.flatten(1)),
     "projected": lambda: sequences(lambda: nn.LSTM(2, 4, proj_size=3, batch_first=True), last),
     "no bias": lambda: sequences(lambda: nn.GRU(2, 4, bias=False, batch_first=True), last),
+    "gains in place": InPlace,
+    "position biases": Positions,
+    "folds": Folded,
     "crossing": Crossing,
     "crossing, other widths": lambda: Crossing(kdim=4, vdim=4, bias=False),
     "transformer": lambda: encoder(),
