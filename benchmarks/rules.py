@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from harness import interleave
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from tasks import TASKS, Module, Task
 from torch import Tensor
 
@@ -151,8 +152,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             error, angle, price = (statistics.mean(row[key] for row in mine) for key in ("figure", "angle", "price"))
             axes.plot(price, error, "os^D"[k // 4 % 4], color=f"C{k % 10}", label=f"{rule}, {angle:.0f}°")
         axes.set(xscale="log", xlabel="an update, in those of backprop", ylabel="test error, %", title=net)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), title="rule, angle to backprop")
     return figure

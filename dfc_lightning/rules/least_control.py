@@ -32,7 +32,8 @@ class LeastControl(LearningRule):
     """ΔW_i ∝ ψ_i r_{i−1}ᵀ with ψ_i = J_i(ψ)ᵀ u and −∂ℓ(r_L) = α u, the derivatives taken at the controlled state.
 
     For α → 0 the sum of ‖ψ_i‖² is the smallest that reaches the label; for α → ∞ this is backprop. In between it is the
-    gradient of ½ Σ ‖ψ_i‖² + ℓ(r_L(ψ)) / α at its stationary point.
+    gradient of ½ Σ ‖ψ_i‖² + ℓ(r_L(ψ)) / α at its stationary point. Where batches are normalised, r_{i−1} is
+    feedforward: docs/equilibrium.md.
 
     Control this strong needs feedback that follows the network: through random B_i, as Kolen-Pollack learning begins,
     J K has no sign, and what reaches the label drives the layers anywhere.

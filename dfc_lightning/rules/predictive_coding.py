@@ -29,7 +29,8 @@ class PredictiveCoding(LearningRule):
 
     The output has no ε: its error is the loss's own. At equilibrium ε_i = −β J_iᵀ ∂ℓ, all taken at the inferred state,
     and what W learns by is the gradient of the energy there. In gradient units: divided by β, and by how far an
-    inference of few steps comes. β → 0 is backprop, with a departure of order β, of order β² if ``centred``.
+    inference of few steps comes. β → 0 is backprop, with a departure of order β, of order β² if ``centred``. Where
+    batches are normalised, W learns by feedforward rates: docs/equilibrium.md.
 
     Args:
         inference: how the errors find their values: ``Equilibrium()``, or ``Descent(steps, rate)``.
