@@ -79,7 +79,7 @@ class Tape(TorchFunctionMode):
         self._at_call, self._learning = at_call, learning
         self.masks: list[Slot] = []
         """Of dropout, in order."""
-        self._fixed = {id(tensor) for tensor in fixed}
+        self._fixed = {id(tensor): tensor for tensor in fixed}  # alive: one that is replaced must keep its id
         self.operations: list[Operation] = []
         self.output: Slot | None = None
         self._at_output = at_output
@@ -427,7 +427,7 @@ class Tape(TorchFunctionMode):
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
         self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
         self._at_output, self._at_call = lambda output: output, lambda call, result: result
-        self._own = {}
+        self._own, self._fixed = {}, {}
 
     # Slots
 

@@ -167,7 +167,6 @@ STEPS: dict[str, tuple[Callable[[Innocent, Any], Any], str]] = {
     "a constant": (of_a_constant, r"does not depend"),
     "not of the output": (of_another_loss, r"does not depend"),
     "detached output": (lambda m, b: F.cross_entropy(m(b[0]).detach().requires_grad_(), b[1]), r"does not depend"),
-    "three dimensions": (lambda m, b: m(b[0].unsqueeze(1)).mean(), r"no output of the shape \(B, n_L\).*[Ff]latten"),
 }
 
 

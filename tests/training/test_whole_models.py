@@ -12,7 +12,7 @@ from cases.interruptions import Interrupt, raise_at
 from cases.processes import EVERYTHING, Witnessed, fit, furthest, learned, trained_on_two
 from torch import Tensor, nn
 
-from dfc_lightning import DFC, DFCStrategy, KolenPollack, LayeredDFC, LeastControl, PredictiveCoding
+from dfc_lightning import DFC, DFCStrategy, KolenPollack, LayeredDFC, PredictiveCoding
 
 
 class Mixed(nn.Module):
@@ -50,10 +50,15 @@ RULES: dict[str, dict[str, Any]] = {
     "layered DFC": {"rule": LayeredDFC()},
     "direct DFC": {"rule": DFC(), "feedback": EVERYTHING},
     "Kolen-Pollack": {"rule": KolenPollack()},
-    "least control": {"rule": LeastControl()},
     "predictive coding": {"rule": PredictiveCoding()},
 }
-CASES = [f"mixed, {rule}" for rule in list(RULES)[:3]] + [f"rows, {rule}" for rule in RULES]
+CASES = [
+    "mixed, layered DFC",
+    "mixed, direct DFC",
+    "mixed, Kolen-Pollack",
+    "rows, layered DFC",
+    "rows, predictive coding",
+]
 
 
 def with_net(module: Any, case: str) -> Any:
@@ -81,7 +86,7 @@ def test_two_processes_equal_one_on_the_joint_batch(case, two):
     assert apart <= 1e-9, worst
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "DFC" in c or "Kolen" in c])
+@pytest.mark.parametrize("case", CASES[:3])
 def test_a_run_resumes_bit_for_bit(case, tmp_path):
     with pytest.raises(Interrupt):
         fitted(case, 1, raise_at(7 if "Kolen" in case else 12), callbacks=[saver(tmp_path)], enable_checkpointing=True)
