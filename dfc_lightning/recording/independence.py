@@ -9,7 +9,7 @@ from dfc_lightning.operations.alike import alike
 from dfc_lightning.operations.operation import Frame, constant
 from dfc_lightning.passes.record import Record
 from dfc_lightning.passes.segment import NamedSegment
-from dfc_lightning.recording.tape import entangled
+from dfc_lightning.recording.slots import entangled
 
 
 def check_samples_are_independent(record: Record, frame: Frame) -> None:

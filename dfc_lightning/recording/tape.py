@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from dfc_lightning.operations.arguments import named, tensors_of, writes_into_ar
 from dfc_lightning.operations.laying import beside, laid
 from dfc_lightning.operations.layout import FIRST, SHARED, Layout
 from dfc_lightning.operations.linear import Expand, Product, Same
-from dfc_lightning.operations.operation import Frame, Operation, Slot, slots_in
+from dfc_lightning.operations.operation import Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import DROPOUT, Call, dropped, operation, refuse_unrepeatable
 from dfc_lightning.operations.surrogate import surrogate
@@ -24,6 +24,7 @@ from dfc_lightning.recording.learning import Learning
 from dfc_lightning.recording.opened import opened
 from dfc_lightning.recording.outside import Outside
 from dfc_lightning.recording.own_backward import FunctionCall
+from dfc_lightning.recording.slots import Slots
 
 AtCall = Callable[[Operation, Any], Any]
 
@@ -52,7 +53,7 @@ def with_item(value: Tensor, index: Any, item: Any) -> Tensor:
     return value
 
 
-class Tape(TorchFunctionMode):
+class Tape(Slots, TorchFunctionMode):
     """Records what becomes of what is given to calls with parameters, while it is entered, up to the network's output.
 
     Every tensor that comes of a parameter, or of samples that have met one, has a slot and a mask of the parameters
@@ -80,18 +81,8 @@ class Tape(TorchFunctionMode):
         self.masks: list[Slot] = []
         """Of dropout, in order."""
         self._fixed = {id(tensor): tensor for tensor in fixed}  # alive: one that is replaced must keep its id
-        self.operations: list[Operation] = []
-        self.output: Slot | None = None
         self._at_output = at_output
-        self.layouts: list[Layout | str] = []
-        """Where the samples lie in the tensor of each slot; or why nowhere."""
-        self.batch = 0
-        """B, once known."""
         self._outside = Outside()
-        self._values: list[Tensor] = []
-        self._passed: list[int] = []
-        self._slot: dict[int, Slot] = {}
-        self._alive: list[Tensor] = []  # what has a slot must keep its id
         self._stale: dict[int, str] = {}  # what has overwritten it
         self._own: dict[int, tuple[FunctionCall, Operation, dict[int, Slot]]] = {}  # by node
         self._paused = False
@@ -169,12 +160,12 @@ class Tape(TorchFunctionMode):
             mask = func(ones, *args[1:], **kwargs) if args else func(**{**kwargs, "input": ones})
             source = self.enter(x)
             layout = self.layouts[source]
-            kept = self._new(mask, 0, layout)
+            kept = self.new(mask, 0, layout)
             result = x * mask
             if writes_into_argument(func, args, kwargs):
                 self._keep(x)
                 result = x.copy_(result)
-            target = self._new(result, self._passed[source], layout)
+            target = self.new(result, self.passed[source], layout)
             self.masks.append(kept)
         self.operations.append(Product(torch.mul, [source, kept], {}, [source, kept], [target]))
         return result
@@ -197,20 +188,20 @@ class Tape(TorchFunctionMode):
             args, _ = self._slotted(call.function.apply, call.args, {})
             inputs, passed = slots_in(args), 0
             for slot in inputs:
-                passed |= self._passed[slot]
-            outputs = {k: self._nameless(t, passed, self._layout_beside(t, inputs)) for k, t in made.items()}
+                passed |= self.passed[slot]
+            outputs = {k: self.nameless(t, passed, self._layout_beside(t, inputs)) for k, t in made.items()}
             self.operations.append(Operation(call.function.apply, args, {}, inputs, list(outputs.values())))
             self._own[id(call.node)] = call, self.operations[-1], outputs
 
     def _layout_beside(self, made: Tensor, inputs: Sequence[Slot]) -> Layout | str:
         """Where the samples lie in what a function of the user's has made: as in an argument of the same shape."""
-        like = [self.layouts[s] for s in inputs if self._values[s].shape == made.shape]
+        like = [self.layouts[s] for s in inputs if self.values[s].shape == made.shape]
         first = FIRST if made.dim() and made.shape[0] == self.batch else "its result has no dimension of the samples"
         return like[0] if like else first
 
     def _resolve(self, tensor: Tensor) -> Slot | None:
         """The slot of a tensor, which an autograd function may just have returned."""
-        slot = self._slot.get(id(tensor))
+        slot = self.slots.get(id(tensor))
         if slot is not None or not self._own:
             return slot
         call, noted, outputs = self._own.get(id(tensor.grad_fn), (None, None, {}))
@@ -219,11 +210,11 @@ class Tape(TorchFunctionMode):
         if noted in self.operations:
             parts = noted.function, noted.args, noted.kwargs, noted.inputs, noted.outputs
             with self.paused():
-                known = surrogate(call.function.__name__, parts, self._values)
+                known = surrogate(call.function.__name__, parts, self.values)
             self.operations[self.operations.index(noted)] = known
         slot = outputs[tensor.output_nr]
-        self._slot[id(tensor)] = slot
-        self._alive[slot] = tensor
+        self.slots[id(tensor)] = slot
+        self.alive[slot] = tensor
         return slot
 
     @contextlib.contextmanager
@@ -237,7 +228,7 @@ class Tape(TorchFunctionMode):
 
     def enter(self, tensor: Tensor) -> Slot:
         """The slot of a tensor, a new one if it comes from outside."""
-        slot = self._slot.get(id(tensor))
+        slot = self.slots.get(id(tensor))
         if slot is not None:
             return slot
         with self.paused():
@@ -246,15 +237,15 @@ class Tape(TorchFunctionMode):
                 return slot
             refuse_unseen(tensor)
             layout = self._outside.layout(tensor)
-            if layout is None and tensor.dim() and (not self._values or tensor.shape[0] == self.batch):
+            if layout is None and tensor.dim() and (not self.values or tensor.shape[0] == self.batch):
                 self.batch, layout = tensor.shape[0], FIRST
             shape = tuple(tensor.shape)
             lost = f"in a tensor of the shape {shape} that is made outside it, {self.batch} samples have no place"
-            return self._new(tensor, 0, layout or lost)
+            return self.new(tensor, 0, layout or lost)
 
     def receive(self, tensor: Tensor) -> None:
         """Take what a layer is given for samples, if it has as many in the first dimension or they are the first."""
-        fits = tensor.dim() > 0 and (not self._values or tensor.shape[0] == self.batch)
+        fits = tensor.dim() > 0 and (not self.values or tensor.shape[0] == self.batch)
         known = tensor in self._learning or id(tensor) in self._fixed or self.is_shared(tensor)
         if not known and (fits or tensor.grad_fn is not None):
             self.enter(tensor)
@@ -276,7 +267,7 @@ class Tape(TorchFunctionMode):
         """
         with self.paused():
             source = self.enter(arriving)
-            found = Passage(source, self._new(handed, self._passed[source] | passed, self.layouts[source]))
+            found = Passage(source, self.new(handed, self.passed[source] | passed, self.layouts[source]))
         self.operations.append(found)
         return found
 
@@ -284,26 +275,9 @@ class Tape(TorchFunctionMode):
         """Let ``handed`` stand for ``arriving``, which parameters of these bits have made; the slot of it."""
         with self.paused():
             source = self.enter(arriving)
-            target = self._new(handed, self._passed[source] | passed, self.layouts[source])
+            target = self.new(handed, self.passed[source] | passed, self.layouts[source])
         self.operations.append(Same(hand_on, [source], {}, [source], [target]))
         return target
-
-    def slot(self, tensor: Tensor) -> Slot | None:
-        """The slot of a tensor; None if it has none."""
-        return self._slot.get(id(tensor))
-
-    def tensor(self, slot: Slot) -> Tensor:
-        """The tensor of a slot, with its history."""
-        return self._alive[slot]
-
-    def is_shared(self, tensor: Tensor) -> bool:
-        """Whether a tensor is known, and no samples are in it."""
-        slot = self._slot.get(id(tensor))
-        return slot is not None and self.shared(slot)
-
-    def shared(self, slot: Slot) -> bool:
-        """Whether no samples are in the tensor of a slot."""
-        return self.layouts[slot] == SHARED
 
     def spread(self, call: Operation) -> Operation | None:
         """Take what a call has made of parameters alone for one for each sample, if it has as many in a row."""
@@ -315,9 +289,9 @@ class Tape(TorchFunctionMode):
             source = sources[0]
             if source.dim() == made.dim() and len(source) != 1 or not torch.equal(source.expand(made.shape), made):
                 return None
-            slot = self._slot.get(id(source))
+            slot = self.slots.get(id(source))
             if slot is None:
-                slot = self._new(source, 0, SHARED)
+                slot = self.new(source, 0, SHARED)
                 self.operations.insert(-1, Operation(hand_on, [source], {}, [], [slot]))
         found = Expand(Tensor.expand, [slot, *made.shape], {}, [slot], call.outputs, shape=made.shape)
         self.layouts[call.outputs[0]] = FIRST
@@ -328,8 +302,8 @@ class Tape(TorchFunctionMode):
         """Notice the network's output; ``whole`` says that it is all of what is returned."""
         wanted = self.output is None and (whole or not self.as_returned)
         if wanted and isinstance(result, Tensor) and result.dim() == 2:
-            slot = self._slot.get(id(result))
-            if slot is not None and self._passed[slot] == self._learning.all and self.layouts[slot] != SHARED:
+            slot = self.slots.get(id(result))
+            if slot is not None and self.passed[slot] == self._learning.all and self.layouts[slot] != SHARED:
                 self.output = slot
                 return self._at_output(result)
         return result
@@ -342,15 +316,15 @@ class Tape(TorchFunctionMode):
         Returns:
             What takes their places; None if they are no output, or a matrix, which would have been noticed.
         """
-        slots = [self._slot.get(id(each)) for each in outputs]
+        slots = [self.slots.get(id(each)) for each in outputs]
         mine = [
             (k, self.layouts[s])
             for k, s in enumerate(slots)
-            if s is not None and self._passed[s] and not self.shared(s) and outputs[k].is_floating_point()
+            if s is not None and self.passed[s] and not self.shared(s) and outputs[k].is_floating_point()
         ]
         passed = 0
         for k, _ in mine:
-            passed |= self._passed[slots[k] or 0]
+            passed |= self.passed[slots[k] or 0]
         if self.output is not None or not mine or not self._learning.is_complete(passed):
             return None
         if any(isinstance(layout, str) for _, layout in mine):
@@ -364,68 +338,9 @@ class Tape(TorchFunctionMode):
             found[k] = layout.back(part.view(layout.first(outputs[k]).shape))
         return found
 
-    # What has been recorded
-
-    def maker(self, slot: Slot) -> Operation:
-        """The operation that gives a slot its tensor."""
-        return next(each for each in self.operations if slot in each.outputs)
-
-    def makers(self) -> dict[int, Operation]:
-        """By slot, the operation that gives it its tensor."""
-        return {s: each for each in self.operations for s in each.outputs}
-
-    def dissolve(self, passage: Passage) -> None:
-        """Make a passage a mere wire: the point lies further on."""
-        place = self.operations.index(passage)
-        self.operations[place] = Same(hand_on, [passage.source], {}, [passage.source], [passage.target])
-
-    def move_behind(self, passage: Passage, norm: Operation) -> Passage:
-        """Let a point lie behind the operation that alone hears it; what has heard that now hears the point."""
-        self.dissolve(passage)
-        handed = norm.outputs[0]
-        arriving = Slot(len(self._values))
-        self._values.append(self._values[handed])
-        self._passed.append(self._passed[handed])
-        self._alive.append(self._alive[handed])
-        self.layouts.append(self.layouts[handed])
-        norm.outputs = [arriving]
-        found = Passage(arriving, handed)
-        self.operations.insert(self.operations.index(norm) + 1, found)
-        return found
-
-    def program(self) -> list[Operation]:
-        """The operations that lead to the output, in order."""
-        assert self.output is not None
-        wanted, found = {int(self.output)}, []
-        for each in reversed(self.operations):
-            if wanted.intersection(each.outputs):
-                found.append(each)
-                wanted.update(each.inputs)
-        return found[::-1]
-
-    def frame(self, program: Sequence[Operation]) -> Frame:
-        """The recorded values that a program uses.
-
-        Raises:
-            ControlError: an operation mixes samples.
-        """
-        for each in program:
-            for slot in each.outputs:
-                if isinstance(reason := self.layouts[slot], str):
-                    raise entangled(each.name, reason)
-        used = {int(s) for each in program for s in (*each.inputs, *each.outputs)}
-        values = [v if k in used else None for k, v in enumerate(self._values)]
-        assert self.output is not None
-        layouts = cast("list[Layout]", self.layouts)  # of those that are used
-        return Frame(values, self.batch, self._values[self.output].dtype, layouts)
-
-    def end(self) -> int:
-        """Bits of the parameters that the last recorded tensor depends on."""
-        return self._passed[-1] if self._passed else 0
-
     def close(self) -> None:
         """Let go of all tensors: hooks and tape refer to each other, and would keep them until they are collected."""
-        self.operations, self._values, self._alive, self._slot, self._recorders = [], [], [], {}, {}
+        self.operations, self.values, self.alive, self.slots, self._recorders = [], [], [], {}, {}
         self._at_output, self._at_call = lambda output: output, lambda call, result: result
         self._own, self._fixed = {}, {}
 
@@ -475,7 +390,7 @@ class Tape(TorchFunctionMode):
                 refuse_unseen(tree)
                 if not isinstance(tree, nn.Parameter) and id(tree) not in self._fixed:
                     layout = self._outside.layout(tree) or place(tree)
-                    slot = None if layout is None else self._new(tree, 0, layout)
+                    slot = None if layout is None else self.new(tree, 0, layout)
             return tree if slot is None else slot
         if isinstance(tree, dict):
             return {k: self._with_slots(v, place) for k, v in tree.items()}
@@ -483,54 +398,31 @@ class Tape(TorchFunctionMode):
             return type(tree)(self._with_slots(v, place) for v in tree)
         return tree
 
-    def _new(self, tensor: Tensor, passed: int, layout: Layout | str = "") -> Slot:
-        slot = self._nameless(tensor, passed, layout)
-        self._slot[id(tensor)] = slot
-        return slot
-
-    def _nameless(self, tensor: Tensor, passed: int, layout: Layout | str = "") -> Slot:
-        slot = Slot(len(self._values))
-        self._alive.append(tensor)
-        self._values.append(tensor.detach())
-        self._passed.append(passed)
-        self.layouts.append(layout)
-        return slot
-
     def _keep(self, tensor: Tensor) -> None:
         """Copy what is about to be overwritten: this tensor, and what else lies in its memory."""
         storage = tensor.untyped_storage().data_ptr()
-        for slot, (value, owner) in enumerate(zip(self._values, self._alive)):
+        for slot, (value, owner) in enumerate(zip(self.values, self.alive)):
             if value.untyped_storage().data_ptr() == storage:
-                self._values[slot] = value.clone()
+                self.values[slot] = value.clone()
                 if owner is not tensor:
                     self._stale[id(owner)] = self._calling  # a view, or what this is one of: it changes with it, unseen
 
     def _record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, overwrites: bool) -> None:
         made = tensors_of(result)
-        if not made or (not overwrites and all(id(t) in self._slot for t in made)):
+        if not made or (not overwrites and all(id(t) in self.slots for t in made)):
             return  # nothing to follow, or what was there before
         inputs, passed = slots_in((args, kwargs)), self._learning.bits(tensors_of([args, kwargs]))
         for slot in inputs:
-            passed |= self._passed[slot]
+            passed |= self.passed[slot]
         if passed and any(t.is_complex() for t in made):
             raise ControlError(
                 f"The network computes with complex numbers in {getattr(func, '__name__', func)}, which feedback "
                 "control cannot follow. Write it with real ones, or freeze the layers before it with "
                 "requires_grad_(False)."
             )
-        outputs = [self._new(t, passed) for t in made]
-        call = Call(func, args, kwargs, inputs, outputs, self._values)
+        outputs = [self.new(t, passed) for t in made]
+        call = Call(func, args, kwargs, inputs, outputs, self.values)
         for slot, layout in zip(outputs, laid(call, self.layouts)):
             self.layouts[slot] = layout
         self._last = operation(call)
         self.operations.append(self._last)
-
-
-def entangled(name: str, cause: str) -> ControlError:
-    """What to say of an operation in which samples do not keep apart."""
-    return ControlError(
-        f"The operation {name} gives a sample another value without the other samples: {cause}. Feedback control "
-        "settles each sample by itself; of what mixes samples only batch normalisation can be held. Let the network be "
-        "given the samples in the first dimension, write shapes with -1 or x.shape[0] for the batch, or freeze the "
-        "layers before it with requires_grad_(False)."
-    )
