@@ -87,7 +87,7 @@ class Standing:
             for network, named in NETWORKS.items():
                 names = {title: f"{column}/{network}_{rule}" for rule, title in FIELD.items()}
                 lines = {
-                    title: [run.history["val/error"] for run in self.field[name]]
+                    title: [run.history[run.metric.replace("test/", "val/", 1)] for run in self.field[name]]
                     for title, name in names.items()
                     if name in self.field
                 }
