@@ -79,21 +79,25 @@ class Standing:
                 name = f"{column}/{rule}"
                 runs = self.full.get(name) or [r for (n, _), rs in self.short.items() if n == name for r in rs]
                 if runs:
-                    watched = self.recipes[name].metric.replace("test/", "val/", 1)
-                    lines[title] = [[figure / about.scale for figure in run.history[watched]] for run in runs]
+                    lines[title] = [[figure / about.scale for figure in _validated(run)] for run in runs]
             if lines:
                 panels[about.title.replace("test", "validation")] = lines
         for column, about in BENCHMARKS.items():
             for network, named in NETWORKS.items():
                 names = {title: f"{column}/{network}_{rule}" for rule, title in FIELD.items()}
                 lines = {
-                    title: [run.history[run.metric.replace("test/", "val/", 1)] for run in self.field[name]]
+                    title: [_validated(run) for run in self.field[name]]
                     for title, name in names.items()
                     if name in self.field
                 }
                 if lines:
                     panels[f"{named}, {about.title.replace('test', 'validation')}"] = lines
         return panels
+
+
+def _validated(run: Result) -> list[float]:
+    """A run's figures of every epoch, on validation samples."""
+    return run.history[run.metric.replace("test/", "val/", 1)]
 
 
 def page(standing: Standing, figure: str | None) -> str:

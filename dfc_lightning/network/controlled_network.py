@@ -67,7 +67,6 @@ class ControlledNetwork:
         extra_points: names of submodules, of any kind, whose output, as a whole, is a control point. Each returns a
             tensor, or a tuple whose first is meant, and is called once more for its update, as
             :class:`NamedSegment` says.
-
         output: what r_L is: ``"first"``, the first matrix that depends on all parameters; ``"returned"``, all tensors
             that the module returns and parameters have made, one after the other, as a VAE's that returns mean and
             variance beside what it decodes.

@@ -46,7 +46,7 @@ class LayerNorm(Operation):
         return [layout.weighed(self._less_mean(error) - across, inverse.expand_as(normed))]
 
     def _parts(self, frame: Frame) -> tuple[Tensor, Tensor]:
-        """X − mean x, and 1/σ."""
+        """Both x − mean x and 1/σ."""
 
         def make() -> tuple[Tensor, Tensor]:
             x = self._less_mean(frame[self.inputs[0]])

@@ -83,9 +83,9 @@ class Segment:
             learned = [p for p in (self.norm_weight, self.norm_bias) if p is not None]
             replaced = {id(p): leaf for p, leaf in zip(learned, leaves)}
             if isinstance(norm, BatchNorm):
-                y = norm.live(x, *(_swapped(p, replaced, frame.dtype) for p in (norm.weight, norm.bias)))
+                y = norm.live(x, *filled([norm.weight, norm.bias], frame.__getitem__, frame.dtype, instead=replaced))
             else:
-                y = _called_with(norm, replaced, x, frame.dtype)
+                y = norm.at(lambda slot: x, frame.dtype, replaced)[0]
             found = torch.autograd.grad(y, [x, *leaves], signal)
         return found[0], list(found[1:])
 
@@ -128,10 +128,7 @@ class NamedSegment:
 
     def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
         """What each of :attr:`parameters` is taught; see :meth:`Segment.gradients`."""
-        with torch.enable_grad():
-            leaves = [constant(p, frame.dtype).clone().requires_grad_() for p in self.parameters]
-            found = torch.autograd.grad(self.again(frame, heard, leaves), leaves, signal, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)]
+        return by_derivative(self.parameters, frame.dtype, signal, lambda leaves: self.again(frame, heard, leaves))
 
     def again(self, frame: Frame, heard: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The voltage for what is heard, with other tensors for the parameters."""
@@ -164,15 +161,21 @@ class _Masking(TorchFunctionMode):
         return given if mask is None else given * mask
 
 
-def _called_with(call: Operation, replaced: dict[int, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    args = [x if isinstance(a, Slot) else _swapped(a, replaced, dtype) for a in call.args]
-    kwargs = {k: x if isinstance(v, Slot) else _swapped(v, replaced, dtype) for k, v in call.kwargs.items()}
-    return call.function(*args, **kwargs)
+def by_derivative(
+    parameters: Sequence[nn.Parameter],
+    dtype: torch.dtype,
+    signal: Tensor,
+    voltage: Callable[[Sequence[Tensor]], Tensor],
+) -> list[Tensor]:
+    """What parameters are taught by the derivative of a voltage.
 
-
-def _swapped(value: Any, replaced: dict[int, Tensor], dtype: torch.dtype) -> Any:
-    """What takes a parameter's place; of other tensors the constant."""
-    if not isinstance(value, Tensor):
-        return value
-    found = replaced.get(id(value))
-    return constant(value, dtype) if found is None else found
+    Args:
+        parameters: the parameters.
+        dtype: of the pass.
+        signal: the teaching signal, in the shape of the voltage.
+        voltage: the voltage, given other tensors for the parameters.
+    """
+    with torch.enable_grad():
+        leaves = [constant(p, dtype).clone().requires_grad_() for p in parameters]
+        found = torch.autograd.grad(voltage(leaves), leaves, signal, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]

@@ -6,12 +6,12 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from dfc_lightning.operations.layout import SHARED, Layout
 from dfc_lightning.operations.linear import Expand
-from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
+from dfc_lightning.operations.operation import Frame, Operation, Slot
+from dfc_lightning.passes.segment import by_derivative
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class UseSegment:
 
     def gradients(self, frame: Frame, signal: Tensor, heard: Tensor) -> list[Tensor]:
         """What each of :attr:`parameters` is taught; see :meth:`Segment.gradients`."""
-        with torch.enable_grad():
-            leaves = [constant(p, frame.dtype).clone().requires_grad_() for p in self.parameters]
-            made = self._made(frame, heard, {id(p): leaf for p, leaf in zip(self.parameters, leaves)})
-            found = torch.autograd.grad(made, leaves, signal, allow_unused=True)
-        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+
+        def voltage(leaves: Sequence[Tensor]) -> Tensor:
+            return self._made(frame, heard, {id(p): leaf for p, leaf in zip(self.parameters, leaves)})
+
+        return by_derivative(self.parameters, frame.dtype, signal, voltage)
 
     def _made(self, frame: Frame, heard: Tensor, instead: Mapping[int, Tensor]) -> Tensor:
         own: dict[int, Tensor] = {}

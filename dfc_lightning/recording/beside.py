@@ -100,6 +100,19 @@ def guarded(name: str, received: Tensor, step: Step) -> Tensor | None:
     return _Guard.apply(received, step) if of_input and not has_guard else None  # type: ignore[no-any-return]
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_guard(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
+    """The arguments of a call for the gradient by its input, or None for as they are."""
+    with_ = guarded(name, input_of(args, kwargs), step)
+    if with_ is None:
+        return None
+    return ((with_, *args[1:]), kwargs) if args else (args, {**kwargs, "input": with_})
+
+
 def _sources(name: str, received: Tensor) -> tuple[bool, bool]:
     """Whether a tensor comes of one that is no parameter and wants a gradient, and whether by a guard alone."""
     if not (received.requires_grad and torch.is_grad_enabled()):

@@ -12,12 +12,14 @@ from dfc_lightning.errors import ControlError
 from dfc_lightning.recording.beside import (
     Step,
     cut,
+    input_of,
     only_aside,
     only_without_gradients,
     wants_input_gradient,
+    with_guard,
 )
 from dfc_lightning.recording.points import ControlPoint
-from dfc_lightning.recording.recorder import called_twice, input_of, not_reached, with_guard
+from dfc_lightning.recording.refusals import called_twice, not_reached
 from dfc_lightning.recording.structure import Link
 
 

@@ -82,24 +82,25 @@ class Learning:
 
     def places(self, parameter: Tensor) -> list[ControlPoint]:
         """The points that a parameter may belong to, first that of a module that is running, then what was not used."""
-        running = {id(module): k for k, module in enumerate(self.running)}
-        found = sorted(
-            self._places[id(parameter)],
-            key=lambda place: (-running.get(id(place[0].layer), -1), bool(self.used & place[1])),
-        )
-        return [point for point, _ in found]
+        return [point for point, _ in self._sorted(parameter)]
 
     def bits(self, given: Iterable[Tensor]) -> int:
         """Those of the parameters among some tensors, which are used now."""
         found = 0
         for each in given:
-            if id(each) in self._places:
-                first = self.places(each)[0]
-                found |= next(bit for point, bit in self._places[id(each)] if point is first)
+            if each in self:
+                found |= self._sorted(each)[0][1]
         self.used |= found
         return found
 
     def leaves(self, given: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors is left to autograd."""
-        mine = next((each for each in given if id(each) in self._places), None)
-        return mine is not None and self._leaves(self.places(mine)[0].name, [t for t in given if t is not mine])
+        mine = next((each for each in given if each in self), None)
+        return mine is not None and self._leaves(self.places(mine)[0].name, given)
+
+    def _sorted(self, parameter: Tensor) -> list[tuple[ControlPoint, int]]:
+        places = self._places[id(parameter)]
+        if len(places) == 1:
+            return places
+        running = {id(module): k for k, module in enumerate(self.running)}
+        return sorted(places, key=lambda place: (-running.get(id(place[0].layer), -1), bool(self.used & place[1])))

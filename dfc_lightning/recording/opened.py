@@ -18,7 +18,7 @@ KERNELS = ("multi_head_attention_forward", *RECURRENT)
 
 
 def opened(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], learns: bool
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], learns: Callable[[], bool]
 ) -> Callable[[], Any] | None:
     """What does the same as a call, in functions of tensors; None for a call that hides nothing.
 
@@ -32,14 +32,14 @@ def opened(
     if name == "scaled_dot_product_attention":
         given = named(function, args, kwargs)
         return (lambda: _attended(given)) if given.get("dropout_p") else None
-    if not learns:
+    if name not in KERNELS or not learns():
         return None
     if name == "multi_head_attention_forward":
         given = named(function, args, kwargs)
         plain = given["query"].dim() == 3 and given["bias_k"] is None and not given["add_zero_attn"]
         static = given.get("static_k") is not None or given.get("static_v") is not None
         return (lambda: _multi_head(given)) if plain and not static else None
-    if name in CELLS and isinstance(args[3], bool) and args[0].dim() == 3:
+    if name in RECURRENT and isinstance(args[3], bool) and args[0].dim() == 3:
         return lambda: _recurrent(name, *args)
     return None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import mapped, tensors_of
-from dfc_lightning.operations.layout import FIRST, SHARED, Layout
+from dfc_lightning.operations.layout import FIRST
 from dfc_lightning.operations.linear import Same
 from dfc_lightning.operations.operation import Frame, Operation, Slot, constant
 from dfc_lightning.operations.passage import Passage
@@ -23,15 +23,16 @@ from dfc_lightning.recording.assembly import is_own_call, is_untaught_norm, own_
 from dfc_lightning.recording.beside import (
     Step,
     cut,
-    guarded,
     only_aside,
     only_without_gradients,
     refuse_history,
     wants_input_gradient,
+    with_guard,
 )
 from dfc_lightning.recording.learning import Learning
 from dfc_lightning.recording.opened import KERNELS
 from dfc_lightning.recording.points import ControlPoint
+from dfc_lightning.recording.refusals import called_twice, hidden, not_reached, refuse_detach
 from dfc_lightning.recording.tape import Tape
 
 
@@ -206,18 +207,25 @@ class Recorder:
     def _point(self, call: Operation) -> tuple[ControlPoint, Segment | UseSegment | None]:
         """The point of a call, and its segment if that is no layer's own call."""
         shared = any(map(self.tape.shared, call.inputs))
-        places = [place for p in call.parameters if p in self.learning for place in self.learning.places(p)]
-        own = [] if shared else [p for p in places if p.is_module and is_own_call(p.layer, call)]
-        new = [p for p in own if not any(p.name == each.name for each in self.order)]
-        if new:
-            return new[0], None
-        segment = own_segment(call, [p for p in call.parameters if p in self.learning]) if not shared else None
-        found = segment or use_segment(call, self.tape.makers(), self.tape.layouts, self.learning)
-        first = (own or [place for p in found.parameters if p in self.learning for place in self.learning.places(p)])[0]
-        name, names = first.name.partition(".parametrizations.")[0], {p.name for p in self.order}
+        own: list[ControlPoint] = []
+        layer: Segment | None = None
+        names = {p.name for p in self.order}
+        if not shared:
+            learned = [p for p in call.parameters if p in self.learning]
+            places = [place for p in learned for place in self.learning.places(p)]
+            own = [p for p in places if p.is_module and is_own_call(p.layer, call)]
+            new = next((p for p in own if p.name not in names), None)
+            if new is not None:
+                return new, None
+            layer = own_segment(call, learned)
+        makers = self.tape.makers() if shared else {}
+        segment = layer or use_segment(call, makers, self.tape.layouts, self.learning)
+        first = own[0] if own else self.learning.places(next(p for p in segment.parameters if p in self.learning))[0]
+        name = first.name.partition(".parametrizations.")[0]
         name = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}#{k}") not in names)
-        weight = segment.weight if isinstance(segment, Segment) else None
-        return ControlPoint(name, first.layer, use=tuple(found.parameters), multiplies=weight), found
+        return ControlPoint(
+            name, first.layer, use=tuple(segment.parameters), multiplies=None if layer is None else layer.weight
+        ), segment
 
     def _pass(
         self,
@@ -294,10 +302,10 @@ class Recorder:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             self._join_norms(self.tape.program())
             program = self.tape.program()
-            _refuse_detach(program, self.tape.layouts)
+            refuse_detach(program, self.tape.layouts)
             self._refuse_aside(program)
             frame = self._full(finest(self.tape.frame(program), program), program)
-            makers: dict[int, Operation] = {s: each for each in program for s in each.outputs}
+            makers = self.tape.makers()
             users: dict[int, list[Operation]] = {}
             for each in program:
                 for s in each.inputs:
@@ -362,56 +370,3 @@ class Recorder:
             for slot, value in zip(each.outputs, each.values(full)):
                 full.values[slot] = value
         return full
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer is called with."""
-    return args[0] if args else kwargs["input"]
-
-
-def with_guard(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
-    """The arguments of a call for the gradient by its input, or None for as they are."""
-    with_ = guarded(name, input_of(args, kwargs), step)
-    if with_ is None:
-        return None
-    return ((with_, *args[1:]), kwargs) if args else (args, {**kwargs, "input": with_})
-
-
-def called_twice(name: str) -> ControlError:
-    """What to say of a layer that is called again before the step is over."""
-    return ControlError(
-        f"The layer {name!r} is called twice in one step. Feedback control settles one pass of the network; call it "
-        "once in training_step, and use each layer once in it."
-    )
-
-
-def hidden(name: str, parameters: Sequence[str]) -> ControlError:
-    """What to say of a call that does more with parameters than one voltage tells."""
-    return ControlError(
-        f"The parameters {', '.join(parameters)} go into {name}, which returns several tensors: what it makes of them "
-        "inside is out of sight. Name the module that calls it in extra_points=['…'], to have it controlled as a "
-        "whole, write it in torch's functions of tensors, or freeze it with requires_grad_(False)."
-    )
-
-
-def not_reached(names: list[str], some: bool) -> ControlError:
-    """What to say of layers that a pass did not reach; ``some`` if it has reached others."""
-    if not some:
-        return ControlError(
-            f"The network was not called: none of its layers ({', '.join(names)}) was run in this step. Call it once "
-            "in training_step; a module compiled before training hides its layers, so compile it later."
-        )
-    return ControlError(
-        f"The layers {', '.join(names)} were not run in this step, and cannot be taught. Freeze them with "
-        "requires_grad_(False), or name the submodule to control with network='…'."
-    )
-
-
-def _refuse_detach(program: Sequence[Operation], layouts: Sequence[Layout | str]) -> None:
-    cutting = [each for each in program if each.name == "detach" or each.function == Tensor.data.__get__]  # type: ignore[attr-defined]
-    if any(layouts[each.outputs[0]] != SHARED for each in cutting):
-        raise ControlError(
-            "The network's output depends on a detach(), or on .data, within it: what is fed forward there, no error "
-            "comes back for. Take it out, write it as an autograd.Function with a backward of its own, or freeze the "
-            "layers before it with requires_grad_(False)."
-        )

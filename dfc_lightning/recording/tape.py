@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from dfc_lightning.errors import ControlError
 from dfc_lightning.operations.arguments import named, tensors_of, writes_into_argument
-from dfc_lightning.operations.laying import beside, laid
+from dfc_lightning.operations.laying import laid
 from dfc_lightning.operations.layout import FIRST, SHARED, Layout
 from dfc_lightning.operations.linear import Expand, Product, Same
+from dfc_lightning.operations.meeting import beside
 from dfc_lightning.operations.operation import Operation, Slot, slots_in
 from dfc_lightning.operations.passage import Passage, hand_on
 from dfc_lightning.operations.recognise import DROPOUT, Call, dropped, operation, refuse_unrepeatable
@@ -29,14 +32,8 @@ from dfc_lightning.recording.slots import Slots
 AtCall = Callable[[Operation, Any], Any]
 
 
-_LOSSES: tuple[str, ...] = (
-    "cross_entropy",
-    "nll_loss",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "mse_loss",
-)
-_LOSSES += ("l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss", "ctc_loss")
+_LOSSES = {"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss"}
+_LOSSES |= {"l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss", "ctc_loss"}
 _SPREADING = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 _LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 """Calls that look no more than at the type or shape of their second argument."""
@@ -110,15 +107,15 @@ class Tape(Slots, TorchFunctionMode):
                 return func(*args, **kwargs)
         if name.endswith("_like") or name.startswith("new_"):
             return func(*args, **kwargs)
-        if not (self._concerned(args[:1], {}) if name in _LIKE else self._concerned(args, kwargs)):
+        given = tensors_of([*args, *kwargs.values()])
+        if not self._concerned(tensors_of(args[:1]) if name in _LIKE else given):
             result = func(*args, **kwargs)
             if len(self._outside):
                 self._outside.follow(func, args, kwargs, result)
             return result
-        given = tensors_of([*args, *kwargs.values()])
         if self._learning.leaves(given):
             return func(*args, **kwargs)
-        written_out = opened(func, args, kwargs, any(each in self._learning for each in given))
+        written_out = opened(func, args, kwargs, lambda: any(each in self._learning for each in given))
         if written_out is not None:
             with self:
                 return written_out()
@@ -176,7 +173,7 @@ class Tape(Slots, TorchFunctionMode):
             return
         with self.paused():
             made = {k: t for k, t in enumerate(_tuple(call.result)) if isinstance(t, Tensor)}
-            if not self._concerned(call.args, {}) or len(made) != len(tensors_of(call.result)):
+            if not self._concerned(tensors_of(call.args)) or len(made) != len(tensors_of(call.result)):
                 return
             if not any(t.numel() for t in made.values()):  # as of checkpointing before torch 2.12: nothing is passed on
                 return
@@ -316,26 +313,28 @@ class Tape(Slots, TorchFunctionMode):
         Returns:
             What takes their places; None if they are no output, or a matrix, which would have been noticed.
         """
-        slots = [self.slots.get(id(each)) for each in outputs]
         mine = [
-            (k, self.layouts[s])
-            for k, s in enumerate(slots)
-            if s is not None and self.passed[s] and not self.shared(s) and outputs[k].is_floating_point()
+            (k, slot)
+            for k, each in enumerate(outputs)
+            if (slot := self.slots.get(id(each))) is not None
+            and self.passed[slot]
+            and not self.shared(slot)
+            and each.is_floating_point()
         ]
-        passed = 0
-        for k, _ in mine:
-            passed |= self.passed[slots[k] or 0]
+        passed = functools.reduce(operator.or_, (self.passed[slot] for _, slot in mine), 0)
         if self.output is not None or not mine or not self._learning.is_complete(passed):
             return None
-        if any(isinstance(layout, str) for _, layout in mine):
+        layouts = [layout for _, slot in mine if isinstance(layout := self.layouts[slot], Layout)]
+        if len(layouts) < len(mine):
             return None
         self.as_returned = True  # no part is the output by itself
-        parts = [layout.first(outputs[k]).flatten(1) for k, layout in mine if isinstance(layout, Layout)]
+        firsts = [layout.first(outputs[k]) for (k, _), layout in zip(mine, layouts)]
+        parts = [first.flatten(1) for first in firsts]
         whole = self.look(torch.cat(parts, dim=1), whole=True)  # recorded, as this is called while the tape is entered
         found = list(outputs)
-        for (k, layout), part in zip(mine, whole.split([p.shape[1] for p in parts], dim=1)):
-            assert isinstance(layout, Layout)
-            found[k] = layout.back(part.view(layout.first(outputs[k]).shape))
+        taken = whole.split([part.shape[1] for part in parts], dim=1)
+        for (k, _), layout, first, part in zip(mine, layouts, firsts, taken):
+            found[k] = layout.back(part.view(first.shape))
         return found
 
     def close(self) -> None:
@@ -346,8 +345,7 @@ class Tape(Slots, TorchFunctionMode):
 
     # Slots
 
-    def _concerned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        given = tensors_of([*args, *kwargs.values()])
+    def _concerned(self, given: Sequence[Tensor]) -> bool:
         return any(self._resolve(t) is not None or t in self._learning for t in given)
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -366,10 +364,7 @@ class Tape(Slots, TorchFunctionMode):
         near = [(found, t) for found, t in places if isinstance(found, Layout) and found != SHARED]
 
         def place(tensor: Tensor) -> Layout | None:
-            indices = self._calling == "embedding" and tensor.dim() > 1 and not tensor.is_floating_point()
-            if indices and tensor.shape[0] == self.batch:  # kinds of words, say, all zero by default
-                return FIRST
-            return beside(func, args, kwargs, tensor, near)
+            return beside(func, args, kwargs, tensor, near, self.batch)
 
         return self._with_slots(args, place), self._with_slots(kwargs, place)
 
