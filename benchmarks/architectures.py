@@ -11,17 +11,14 @@ not run again. The table is of all lines, and goes into docs/architectures.md.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import time
-import warnings
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from fits import Clock, Rows, arguments, quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import MODELS, Batch, Model
@@ -50,40 +47,15 @@ class Module(L.LightningModule):
         return torch.optim.Adam(self.parameters(), self.lr)
 
 
-class Clock(L.Callback):
-    """The time of each step, in seconds."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Note it."""
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note it."""
-        self.times.append(time.perf_counter() - self.start)
-
-
 def trained(model: Model, steps: int, lr: float, strategy: DFCStrategy | str) -> tuple[float, float]:
     """The mean loss of the last quarter of the steps, and the median time of a step."""
     L.seed_everything(0, verbose=False)
     module, clock = Module(model, lr), Clock()
     data = TensorDataset(*model.data())
     loader = DataLoader(data, model.batch_size, shuffle=True, drop_last=True)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        strategy=strategy,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader)
+    quiet_trainer(strategy, [clock], max_steps=steps).fit(module, loader)
     last = module.losses[-max(steps // 4, 1) :]
-    return float(torch.stack(last).mean()), sorted(clock.times)[len(clock.times) // 2]
+    return float(torch.stack(last).mean()), statistics.median(clock.steps)
 
 
 def run(name: str, steps: int, lr: float) -> dict[str, Any]:
@@ -126,31 +98,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, and write the table into the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "results/architectures.jsonl")
     parser.add_argument("--models", nargs="+", default=[""], help="parts of the names of models (default: all)")
     parser.add_argument("--steps", default=60, type=int, help="training steps (default: 60)")
     parser.add_argument("--lr", default=1e-3, type=float, help="Adam's learning rate (default: 1e-3)")
-    parser.add_argument("--threads", default=torch.get_num_threads(), type=int, help="CPU threads of torch")
-    parser.add_argument("--out", default=Path("results/architectures.jsonl"), type=Path, help="where the lines are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {row["model"] for row in rows}
+    rows = Rows(options.out, ["model"])
     for name in MODELS:
-        if name in done or not any(part.lower() in name.lower() for part in options.models):
-            continue
-        row = run(name, options.steps, options.lr)
-        rows.append(row)
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-    rows.sort(key=lambda row: list(MODELS).index(row["model"]))
+        if any(part.lower() in name.lower() for part in options.models) and not rows.holds(model=name):
+            rows.add(run(name, options.steps, options.lr))
+    ordered = sorted(rows.all, key=lambda row: list(MODELS).index(row["model"]))
     text = PAGE.read_text()
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
+    PAGE.write_text(f"{before}{MARKS[0]}\n{table(ordered)}\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ batch (smallest and largest of the epochs' ends). What is there already is not r
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from fits import Rows, arguments, quiet_trainer
 from tasks import TASKS, Module, Task
 from torch import Tensor
 
@@ -72,16 +68,7 @@ def train(task: Task, rule: str, seed: int) -> dict[str, Any]:
     module = Module(task)
     strategy = "auto" if rule == "backprop" else DFCStrategy(RULES[rule](), watch="off")
     sizes = [Sizes(strategy)] if isinstance(strategy, DFCStrategy) else []
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=task.epochs,
-        strategy=strategy,
-        callbacks=list(sizes),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy, sizes, max_epochs=task.epochs)
     start = time.perf_counter()
     trainer.fit(module)
     seconds = time.perf_counter() - start
@@ -111,32 +98,22 @@ def table(rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "runs/benchmarks/defaults.jsonl")
     parser.add_argument("--tasks", nargs="+", default=[""], help="parts of the names of tasks (default: all)")
     parser.add_argument("--rules", nargs="+", default=["backprop", "default"], choices=["backprop", *RULES])
     parser.add_argument("--seeds", default=3, type=int, help="seeds of each run, from 1 on (default: 3)")
-    parser.add_argument("--threads", default=torch.get_num_threads(), type=int, help="CPU threads of torch")
-    parser.add_argument("--out", default=Path("runs/benchmarks/defaults.jsonl"), type=Path, help="where the runs are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {(row["task"], row["rule"], row["seed"]) for row in rows}
+    rows = Rows(options.out, ["task", "rule", "seed"])
     for seed in range(1, options.seeds + 1):
         for name, task in TASKS.items():
             if not any(part.lower() in name.lower() for part in options.tasks):
                 continue
             for rule in options.rules:
-                if (name, rule, seed) in done:
+                if rows.holds(task=name, rule=rule, seed=seed):
                     continue
-                row = {"task": name, "rule": rule, "seed": seed, **train(task, rule, seed)}
-                rows.append(row)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{name} · {rule} · seed {seed}: {row['figure']:.4g}, {row['seconds']:.0f} s", flush=True)
-    print(table(rows, options.rules))
+                rows.add({"task": name, "rule": rule, "seed": seed, **train(task, rule, seed)})
+    print(table(rows.all, options.rules))
 
 
 if __name__ == "__main__":

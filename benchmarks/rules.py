@@ -12,19 +12,15 @@ not run again. The table and the figure are of all lines.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from fits import Rows, arguments, quiet_trainer
 from harness import interleave
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -55,11 +51,11 @@ RULES: dict[str, Callable[[], LearningRule]] = {
     "DFC, layered feedback": LayeredDFC,
     "DFC, direct feedback": DFC,
     "least control": LeastControl,
-    "least control, α = 10": lambda: LeastControl(alpha=10.0),
+    "least control, α = 1": lambda: LeastControl(alpha=1.0),
     "least control, Kolen-Pollack": lambda: LeastControl("kolen_pollack"),
     "predictive coding": PredictiveCoding,
-    "predictive coding, nudge 0.1": lambda: PredictiveCoding(nudge=0.1),
-    "predictive coding, centred": lambda: PredictiveCoding(Descent(5, 0.2), centred=True),
+    "predictive coding, nudge 1": lambda: PredictiveCoding(nudge=1.0),
+    "predictive coding, centred": lambda: PredictiveCoding(Descent(5, 0.2), nudge=1.0, centred=True),
     "dual propagation": DualPropagation,
     "target propagation (L-DRL)": DifferenceTargetPropagation,
     "Kolen-Pollack": KolenPollack,
@@ -105,16 +101,7 @@ def train(task: Task, rule: str, seed: int) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
     module, strategy = Module(task), DFCStrategy(RULES[rule](), watch="off")
     compass = Compass(strategy)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=task.epochs,
-        strategy=strategy,
-        callbacks=[compass],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy, [compass], max_epochs=task.epochs)
     start = time.perf_counter()
     trainer.fit(module)
     seconds, figure = time.perf_counter() - start, module.judged()
@@ -164,33 +151,23 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Run what is missing; print the table, write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "runs/benchmarks/rules.jsonl")
     parser.add_argument("--tasks", nargs="+", default=[""], help="parts of the names of tasks (default: both)")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES), help="default: all")
     parser.add_argument("--seeds", default=1, type=int, help="seeds of each run, from 1 on (default: 1)")
-    parser.add_argument("--threads", default=torch.get_num_threads(), type=int, help="CPU threads of torch")
-    parser.add_argument("--out", default=Path("runs/benchmarks/rules.jsonl"), type=Path, help="where the runs are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {(row["task"], row["rule"], row["seed"]) for row in rows}
+    rows = Rows(options.out, ["task", "rule", "seed"])
     for seed in range(1, options.seeds + 1):
         for name in NETS:
             if not any(part.lower() in name.lower() for part in options.tasks):
                 continue
             for rule in options.rules:
-                if (name, rule, seed) in done:
+                if rows.holds(task=name, rule=rule, seed=seed):
                     continue
-                row = {"task": name, "rule": rule, "seed": seed, **train(TASKS[name], rule, seed)}
-                rows.append(row)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{name} · {rule} · seed {seed}: {row['figure']:.4g}, {row['seconds']:.0f} s", flush=True)
-    print(table(rows))
-    draw(rows).savefig(options.out.with_suffix(".png"), dpi=150)
+                rows.add({"task": name, "rule": rule, "seed": seed, **train(TASKS[name], rule, seed)})
+    print(table(rows.all))
+    draw(rows.all).savefig(options.out.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ ratio of the fastest rounds; the pass of feedback learning before the first step
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +15,7 @@ import harness
 import lightning as L
 import torch
 import torch.nn.functional as F
+from fits import Clock, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,38 +52,13 @@ class Module(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-class Clock(L.Callback):
-    """Seconds of each training step after the first."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self._then: float | None = None
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """From the end of one batch to the end of the next."""
-        now = time.perf_counter()
-        if self._then is not None:
-            self.steps.append(now - self._then)
-        self._then = now
-
-
 def run(network: nn.Module, shape: tuple[int, ...], strategy: Any, steps: int, batch: int) -> list[float]:
-    """Seconds of the steps of a short fit."""
+    """Seconds of the steps of a short fit, the first left out."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(steps * batch, *shape), torch.randint(10, (steps * batch,)))
     clock = Clock()
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        strategy=strategy,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(network), DataLoader(data, batch))
-    return clock.steps
+    quiet_trainer(strategy, [clock], max_epochs=1).fit(Module(network), DataLoader(data, batch))
+    return clock.steps[1:]
 
 
 def main() -> None:
@@ -93,8 +66,6 @@ def main() -> None:
     parser.add_argument("--batch", default=128, type=int, help="batch size")
     parser.add_argument("--steps", default=20, type=int, help="steps of each round")
     options = harness.parse(parser, None)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
     print(
         f"| network | backprop, ms | {' | '.join(list(STRATEGIES)[1:])} |\n|---|--:|" + "--:|" * (len(STRATEGIES) - 1)
     )

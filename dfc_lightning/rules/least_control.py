@@ -51,7 +51,7 @@ class LeastControl(LearningRule):
     """
 
     through: Through = "weights"
-    alpha: float = 1.0
+    alpha: float = 10.0
     relative: bool = True
     decay: float = 0.1
     equilibrium: Equilibrium = field(default_factory=Equilibrium)

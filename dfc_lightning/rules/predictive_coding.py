@@ -40,7 +40,7 @@ class PredictiveCoding(LearningRule):
     """
 
     inference: Inference = field(default_factory=Equilibrium)
-    nudge: float = 1.0
+    nudge: float = 0.1
     centred: bool = False
     link: Link | LinkedLoss | None = None
 
