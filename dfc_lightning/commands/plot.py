@@ -11,7 +11,7 @@ from dfc_lightning.errors import ControlError
 from dfc_lightning.experiments.errors import sentence
 from dfc_lightning.plots import Run, dashboard, feedback_plane, figure_1d, figure_2, figure_3, read_run
 from dfc_lightning.plots.examples import controlled_student, small_jacobian
-from dfc_lightning.plots.runs import RunError
+from dfc_lightning.plots.sources import RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +36,7 @@ _EXAMPLES = """\
 examples:
   dfc plot runs/mnist/dfc_ss
   dfc plot runs/mnist/dfc runs/mnist/dfc_fixed --output both.png
+  dfc plot lightning_logs/version_3 wandb:me/dfc/1a2b3c4d
   dfc plot runs/toy/* --figure figure_3
   dfc plot --figure figure_2 --output figure_2.pdf"""
 
@@ -80,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="folder of a run that holds metrics.csv, or one with version_* folders, of which the newest that has "
-        "trained is taken",
+        help="folder of a run that holds metrics.csv or TensorBoard's events, or one with version_* folders, of which "
+        "the newest that has trained is taken; or wandb:ENTITY/PROJECT/ID, a run on a Weights & Biases server",
     )
     parser.add_argument("--figure", choices=[*OF_RUNS, *OF_EXAMPLES], default="dashboard", help="default: %(default)s")
     parser.add_argument(

@@ -1,19 +1,14 @@
-"""What a run has logged, read from the ``metrics.csv`` of Lightning's ``CSVLogger``."""
+"""What a run has logged: each quantity over steps, and over epochs."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-METRICS = "metrics.csv"
-
-
-class RunError(ValueError):
-    """A run that cannot be read; the message names the file."""
+from dfc_lightning.plots.sources import METRICS, WANDB, Row, RunError, holds_run, logged_rows, wandb_rows
 
 
 class Series(NamedTuple):
@@ -52,21 +47,23 @@ def find_run(path: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    if (path / METRICS).is_file():
+    if holds_run(path):
         return path
-    versions = [folder for folder in path.glob("version_*") if (folder / METRICS).is_file()]
+    versions = [folder for folder in path.glob("version_*") if holds_run(folder)]
     if not versions:
         raise FileNotFoundError(
-            f"RUN={path}: neither it nor a version_* folder in it holds a {METRICS}. Give the folder of a run that "
-            "was logged by CSVLogger, e.g. runs/digits/dfc."
+            f"RUN={path}: neither it nor a version_* folder in it holds a {METRICS} or TensorBoard's events. Give the "
+            f"folder of a run that was logged so, e.g. runs/digits/dfc, or {WANDB}ENTITY/PROJECT/ID."
         )
     return max(versions, key=lambda folder: (_has_trained(folder), _number(folder)))
 
 
 def _has_trained(folder: Path) -> bool:
     """Whether more was logged than a test."""
-    with open(folder / METRICS, encoding="utf-8", errors="replace", newline="") as file:
-        names = next(csv.reader(file), [])
+    try:
+        names = {name for row in logged_rows(folder) for name in row}
+    except RunError:
+        return True  # to be told of, if it is the newest
     return any(name not in ("step", "epoch") and not name.startswith("test/") for name in names)
 
 
@@ -80,40 +77,36 @@ def read_run(path: str | Path) -> Run:
     """Read a run.
 
     Args:
-        path: the folder that holds ``metrics.csv``, or one with ``version_*`` folders, of which the newest that has
-            trained is read.
+        path: the folder that holds ``metrics.csv`` or TensorBoard's events, or one with ``version_*`` folders, of which
+            the newest that has trained is read; or ``wandb:ENTITY/PROJECT/ID``, a run on a Weights & Biases server.
 
     Raises:
         FileNotFoundError: there is no such folder.
         RunError: it cannot be read.
     """
+    if str(path).startswith(WANDB):
+        where = str(path).removeprefix(WANDB)
+        return _run(*wandb_rows(where), version=where.rpartition("/")[2])
     folder = find_run(Path(path))
+    name = folder.resolve().parent.name if _number(folder) >= 0 else folder.resolve().name
+    return _run(name, logged_rows(folder), version=folder.resolve().name)
+
+
+def _run(name: str, rows: Iterable[Row], version: str) -> Run:
     series: dict[str, Series] = {}
     epoch_length = 0.0
-    for row in _rows(folder / METRICS):
+    for row in rows:
         logged = dict(row)
         step, epoch = logged.pop("step"), logged.pop("epoch", None)
         step = logged.pop("feedback/step", step)
         if epoch is not None:
             step += 1  # Lightning counts it from zero
             epoch_length = max(epoch_length, step / (epoch + 1))  # less than it before an epoch's last step
-        for name, value in logged.items():
-            steps, values = series.setdefault(name, Series([], []))
+        for quantity, value in logged.items():
+            steps, values = series.setdefault(quantity, Series([], []))
             steps.append(step)
             values.append(value)
-    name = folder.resolve().parent.name if _number(folder) >= 0 else folder.resolve().name
-    return Run(name, series, epoch_length or None, folder.resolve().name)
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        if not all("step" in row for row in rows):
-            raise ValueError("a row has no step")
-    except (ValueError, TypeError, csv.Error) as error:
-        raise RunError(f"{path} is damaged: not what a CSVLogger writes ({error}). Give another run.") from error
-    return rows
+    return Run(name, series, epoch_length or None, version)
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

@@ -352,7 +352,7 @@ def test_the_command_makes_the_folder_and_knows_the_format(here, capsys):
     ("words", "says"),
     [
         ([], "RUN is missing: dashboard needs the folder of a run"),
-        (["runs/nowhere"], "RUN=runs/nowhere: neither it nor a version_* folder in it holds a metrics.csv. Give"),
+        (["runs/nowhere"], "RUN=runs/nowhere: neither it nor a version_* folder in it holds a metrics.csv or Tens"),
         (["runs/dfc", "--figure", "figure_2"], "RUN=runs/dfc: figure_2 is not drawn of a run; leave it out"),
         (["runs/dfc", "--figure", "figure_4"], "argument --figure: invalid choice: 'figure_4' (choose from"),
         (["runs/dfc", "--output", "run.txt"], "--output=run.txt: no known format; end it with one of"),
