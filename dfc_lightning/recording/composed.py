@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from dfc_lightning.operations.layout import FIRST
+from dfc_lightning.operations.layout import SHARED, Layout
 from dfc_lightning.operations.linear import Product, Reshape, Same, Sum, two
 from dfc_lightning.operations.nonlinearity import Elementwise
 from dfc_lightning.operations.operation import Frame, Operation, Slot
@@ -38,12 +38,16 @@ ELEMENTWISE = _SHAPES | _QUOTIENTS | _OF_ONE | {f"{name}_" for name in (*_OF_ONE
 """Functions that work entry by entry where they keep the number of entries, by their names in torch."""
 
 
-def composed(between: Sequence[Operation], source: Slot, end: Slot) -> Callable[[Tensor], Tensor]:
-    """The function that some operations, in order, make of ``source``."""
+def composed(
+    between: Sequence[Operation], source: Slot, end: Slot, layouts: Sequence[Layout]
+) -> Callable[[Tensor], Tensor]:
+    """The function that some operations, in order, make of ``source``, the samples lying where ``layouts`` says."""
     size = 1 + max(int(s) for s in (source, *(s for each in between for s in each.outputs)))
+    given = layouts[source]
 
     def run(v: Tensor) -> Tensor:
-        frame = Frame([None] * size, v.shape[0], v.dtype, [FIRST] * size)
+        batch = 1 if given == SHARED else v.shape[given.dim] // (given.before * given.rows)
+        frame = Frame([None] * size, batch, v.dtype, layouts[:size])
         frame.values[source] = v
         for each in between:
             for slot, value in zip(each.outputs, each.values(frame)):
@@ -78,7 +82,7 @@ def rate_of(source: Slot, users: Mapping[int, Sequence[Operation]], frame: Frame
         return None
     if not making:
         return None
-    function = Elementwise(composed(between, source, end))
+    function = Elementwise(composed(between, source, end, frame.layouts))
     return Rate(function, [source], {}, [source], [end], phi=function)
 
 

@@ -70,7 +70,7 @@ def _link(between: Sequence[Operation], source: Slot, end: Slot, frame: Frame) -
         return Link(Identity(), overwrites)
     if len(making) == 1 and isinstance(making[0], Rate):
         return Link(making[0].phi, overwrites)
-    phi = Elementwise(composed(between, source, end))
+    phi = Elementwise(composed(between, source, end, frame.layouts))
     return Link(phi, overwrites) if _is_elementwise(phi, frame[source], frame[end]) else None
 
 

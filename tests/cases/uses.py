@@ -120,6 +120,20 @@ class Tokens(Tapped):
         return self.tap(self.out(h[:, 0]))
 
 
+class Folded(Tapped):
+    """Batch and words folded for products, as some language models have it, and a nonlinearity in pieces between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def run(self, x: Tensor) -> Tensor:
+        words = x.view(-1, 3, 2)
+        h = self.tap(self.a(words.reshape(-1, 2))).view(-1, 3, 4)
+        h = 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.04 * h.pow(3))))
+        return self.tap(self.head(torch.tanh(self.tap(self.b(h.reshape(-1, 4)))).view(-1, 3, 3).mean(1)))
+
+
 class Text(Tapped):
     """Embeddings of words and places, tied to the last layer; logits of every place."""
 
@@ -153,7 +167,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    **{cls.__name__: Case(cls) for cls in (Scaled, Bare, Standardised, Recurrent, Siblings, Tokens)},
+    **{cls.__name__: Case(cls) for cls in (Scaled, Bare, Standardised, Recurrent, Siblings, Tokens, Folded)},
     **{
         cls.__name__: Case(cls, lambda: torch.randint(5, (4, 3)), lambda: torch.arange(12) % 5)
         for cls in (Text, Tables)

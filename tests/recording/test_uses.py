@@ -75,10 +75,10 @@ def test_the_minimum_norm_update_is_that_of_dense_jacobians(name):
     module, x, y = case.make(), case.x(), case.y()
     found = taught(ControlledNetwork(module), MinimumNorm(gamma, 0.1, "voltage_difference", False), x, y)
     module(x)
-    still = [torch.zeros_like(v) for v in module.seen]
+    still = [torch.zeros_like(v).split(len(v) // len(x)) for v in module.seen]  # a sample's rows each
 
     def output(sample: Tensor, *pushes: Tensor) -> Tensor:
-        module.pushes = [p.unsqueeze(0) for p in pushes]
+        module.pushes = list(pushes)
         return module(sample.unsqueeze(0)).flatten()
 
     jacobians = []
@@ -95,7 +95,7 @@ def test_the_minimum_norm_update_is_that_of_dense_jacobians(name):
     module(x)
     module.zero_grad()
     parts = signals.split([s[0].numel() for s in still], 1)
-    sum((t.view(v.shape) * v).sum() / len(x) for t, v in zip(parts, module.seen)).backward()
+    sum((t.reshape(v.shape) * v).sum() / len(x) for t, v in zip(parts, module.seen)).backward()
     assert_close(found, [p.grad for p in module.parameters()], 1e-9)
 
 

@@ -10,7 +10,8 @@ NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_makes_what_it_is_kept_with(path, tmp_path):
+def test_a_notebook_runs_and_makes_what_it_is_kept_with(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as for all tests, in the kernel's process too
     nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra")
     nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra")
     pytest.importorskip("ipykernel", reason="needs the notebook extra")
