@@ -295,8 +295,8 @@ def held(module: Normalised, x: Tensor) -> Normalised:
     "rule",
     [
         LeastControl(alpha=0.5, relative=False, equilibrium=EXACT, link="softmax"),
-        PredictiveCoding(EXACT, link="softmax"),
-        PredictiveCoding(Descent(3, 0.3), link="softmax"),
+        PredictiveCoding(EXACT, nudge=1.0, link="softmax"),
+        PredictiveCoding(Descent(3, 0.3), nudge=1.0, link="softmax"),
     ],
     ids=["least control", "predictive coding", "by steps"],
 )
