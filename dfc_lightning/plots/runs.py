@@ -49,22 +49,22 @@ def find_run(path: Path) -> Path:
     """
     if holds_run(path):
         return path
-    versions = [folder for folder in path.glob("version_*") if holds_run(folder)]
+    versions = sorted((folder for folder in path.glob("version_*") if holds_run(folder)), key=_number, reverse=True)
     if not versions:
         raise FileNotFoundError(
             f"RUN={path}: neither it nor a version_* folder in it holds a {METRICS} or TensorBoard's events. Give the "
             f"folder of a run that was logged so, e.g. runs/digits/dfc, or {WANDB}ENTITY/PROJECT/ID."
         )
-    return max(versions, key=lambda folder: (_has_trained(folder), _number(folder)))
+    return next(filter(_has_trained, versions), versions[0])
 
 
 def _has_trained(folder: Path) -> bool:
     """Whether more was logged than a test."""
     try:
-        names = {name for row in logged_rows(folder) for name in row}
+        names = (name for row in logged_rows(folder) for name in row)
+        return any(name not in ("step", "epoch") and not name.startswith("test/") for name in names)
     except RunError:
         return True  # to be told of, if it is the newest
-    return any(name not in ("step", "epoch") and not name.startswith("test/") for name in names)
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
